@@ -1,0 +1,49 @@
+# mojomesh: `make demo` shows the whole mesh at work, `make test` proves it. Both do all their own set-up.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+MAGE := .venv-mage
+BIN := $(VENV)/bin
+MEMBERS := contracts chassis store services/ingest services/features services/trainer services/registry services/scorer cli deploy/local examples/flights
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 16
+
+setup: $(VENV)/.done $(MAGE)/.done ## Make both environments and fetch the jars (done once)
+
+$(VENV)/.done: requirements/uv.txt requirements/dev.txt $(MEMBERS:%=%/pyproject.toml)
+	@$(PYTHON) deploy/local/mojomesh_local/platform_check.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
+	@touch $@
+
+$(MAGE)/.done: requirements/mage.txt $(VENV)/.done
+	$(PYTHON) -m venv $(MAGE)
+	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
+	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts
+	@touch $@
+
+lock: $(VENV)/.done ## Write requirements/*.txt anew from the pyproject.toml files
+	$(BIN)/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet --python-version 3.11 \
+	  $(shell sed -n 's/^name = "\(mojomesh-.*\)"/--no-emit-package \1/p' $(MEMBERS:%=%/pyproject.toml)) \
+	  --group dev $(MEMBERS:%=%/pyproject.toml) -o requirements/dev.txt
+	$(BIN)/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet --python-version 3.11 \
+	  services/trainer/pipelines/pyproject.toml -o requirements/mage.txt
+
+check: setup ## Formatting, lint, types and the arrows between packages, in seconds
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(foreach m,$(MEMBERS),$(wildcard $(m)/mojomesh_*)) tests
+	$(BIN)/lint-imports
+
+format: setup ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## Every test, on real servers: a few minutes
+	$(BIN)/pytest
+
+.PHONY: help setup lock check format test

@@ -1,0 +1,1 @@
+"""Consuming, publishing, database, Redis, telemetry, errors and health, for every service alike."""

@@ -1,0 +1,1 @@
+"""Events, topics, definitions and bundles that every service of mojomesh shares."""

@@ -1,0 +1,246 @@
+"""What users declare in YAML: feature sets and models."""
+
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from mojomesh_contracts.events import FeatureValue
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def parse_duration(text: object) -> object:
+    """`90s`, `15m`, `3h` or `14d` as a timedelta; anything else goes on to Pydantic as it came."""
+    match = re.fullmatch(r"(\d+)([smhd])", text) if isinstance(text, str) else None
+    return timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else text
+
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+
+
+class DefinitionError(ValueError):
+    """A document that is not a definition; its text names the field and what to do."""
+
+
+class Definition(BaseModel):
+    """A document as applied; a misspelt field is an error, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Feature(Definition):
+    """One named, typed value of a feature set."""
+
+    type: Literal["number", "category", "boolean"]
+    unit: str | None = None
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "Feature":
+        if self.type != "number" and (self.min is not None or self.max is not None):
+            raise ValueError(f"min and max are for numbers, this feature is a {self.type}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is greater than max {self.max}")
+        return self
+
+    def problem(self, value: FeatureValue) -> str | None:
+        """Why `value` cannot be this feature, in words; None if it can. Missing (None) always can."""
+        if value is None:
+            return None
+        if self.type == "category":
+            return None if isinstance(value, str) else f"must be a text (category), is {value!r}"
+        if self.type == "boolean":
+            return None if isinstance(value, bool) else f"must be true or false, is {value!r}"
+        if isinstance(value, bool | str):
+            return f"must be a number, is {value!r}"
+        if value != value or value in (float("inf"), float("-inf")):
+            return f"must be a finite number, is {value!r}; leave the feature out if it is missing"
+        if self.min is not None and value < self.min:
+            return f"is {value!r}, less than the minimum {self.min:g}"
+        if self.max is not None and value > self.max:
+            return f"is {value!r}, more than the maximum {self.max:g}"
+        return None
+
+
+class FeatureSet(Definition):
+    """A named, typed schema of facts about one type of entity; changes only add features."""
+
+    kind: Literal["FeatureSet"] = "FeatureSet"
+    name: Name
+    entity: ColumnName = Field(description="What entity_id identifies, as in `flight_id`")
+    features: dict[ColumnName, Feature] = Field(min_length=1)
+
+    def problems(self, values: dict[str, FeatureValue]) -> list[str]:
+        """What is wrong with a vector, in words, every fault named; empty when it is in order."""
+        found = []
+        for name, value in values.items():
+            feature = self.features.get(name)
+            if feature is None:
+                found.append(f"'{name}' is not a feature of '{self.name}', which has {', '.join(self.features)}")
+            elif (problem := feature.problem(value)) is not None:
+                found.append(f"'{name}' {problem}")
+        return found
+
+
+class Label(Definition):
+    """What is to be predicted: a column of an outcome feature set of the same entity, which arrives later."""
+
+    feature_set: Name
+    column: ColumnName
+    type: Literal["binary", "number", "multiclass"]
+
+
+class FeatureSource(Definition):
+    """A feature set whose columns the model sees; the spine's own, or one joined as of the spine's event time."""
+
+    feature_set: Name
+    join: ColumnName | None = Field(default=None, description="Column of the spine that holds the entity_id to join; none: same entity")
+    max_age: Duration | None = Field(default=None, description="A row older than this at the event time is missing")
+    columns: list[ColumnName] | None = Field(default=None, description="Only these; by default all")
+
+
+class Algorithm(Definition):
+    """An H2O algorithm and its parameters, as H2O's Python client spells them."""
+
+    name: Literal["gbm", "drf", "glm", "xgboost", "automl"]
+    params: dict[str, Any] = {}
+
+
+class WalkForward(Definition):
+    """How history is cut into folds: train on the past, test on what follows, step on."""
+
+    n_windows: int = Field(ge=1, le=100)
+    train: Literal["expanding"] | Duration = Field(description="`expanding`, or the length of a sliding training window")
+    test: Duration
+    step: Duration
+    purge: Literal["label_delay", "none"] = Field(
+        default="label_delay", description="label_delay: a row trains only if its label was known before the test window"
+    )
+    embargo: Duration = timedelta(0)
+
+
+class Gate(Definition):
+    """What a new version must reach to become the champion."""
+
+    metric: Literal["auc", "logloss", "rmse"] = "auc"
+    min: float | None = Field(default=None, description="Least AUC, or greatest logloss or RMSE, over the folds' test rows")
+    min_gain_over_champion: float = Field(default=0.0, description="By how much it must beat the champion; below 0 tolerates a loss")
+    max_calibration_error: float | None = None
+
+
+class DriftPolicy(Definition):
+    """When live data counts as drifted. The thresholds are floors: the training data's own windows may set higher ones."""
+
+    enabled: bool = True
+    psi: float = Field(default=0.25, gt=0)
+    kl: float = Field(default=0.5, gt=0)
+    window: int = Field(default=5000, ge=100, description="Predictions a window")
+    confirm: int = Field(default=3, ge=1, description="Windows in a row")
+    cooldown: Duration = Field(default=timedelta(days=14), description="Event time between two alerts of a model")
+
+
+class Model(Definition):
+    """A model to be trained, promoted, served and watched."""
+
+    kind: Literal["Model"] = "Model"
+    name: Name
+    spine: Name = Field(description="The feature set whose rows are scored")
+    label: Label
+    features: list[FeatureSource] = Field(min_length=1)
+    algorithm: Algorithm
+    walk_forward: WalkForward
+    gate: Gate = Gate()
+    drift: DriftPolicy = DriftPolicy()
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "Model":
+        names = [source.feature_set for source in self.features]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"features names {', '.join(sorted(repeated))} more than once")
+        if self.label.feature_set in names:
+            raise ValueError(f"'{self.label.feature_set}' holds the label, so its columns are not known yet when the spine's row is scored")
+        for source in self.features:
+            if source.feature_set == self.spine and (source.join or source.max_age):
+                raise ValueError(f"'{self.spine}' is the spine: it is not joined, so leave out join and max_age")
+        return self
+
+
+AnyDefinition = Annotated[FeatureSet | Model, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[FeatureSet | Model] = TypeAdapter(AnyDefinition)
+
+
+def column_name(model: Model, feature_set: str, feature: str) -> str:
+    """Name of a feature as a column of the model: the spine's keep their own, a joined one is `set.feature`."""
+    return feature if feature_set == model.spine else f"{feature_set}.{feature}"
+
+
+def definition_id(definition: FeatureSet | Model) -> str:
+    """Kind and name, as in `FeatureSet/flights`."""
+    return f"{definition.kind}/{definition.name}"
+
+
+def parse_definition(document: object) -> FeatureSet | Model:
+    """Read one document (a mapping, as YAML or JSON gave it).
+
+    Raises:
+        DefinitionError: It is none, naming every field that is wrong.
+    """
+    try:
+        return _ADAPTER.validate_python(document)
+    except ValidationError as error:
+        faults = [f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'document'}: {fault['msg']}" for fault in error.errors()]
+        named = document.get("name") if isinstance(document, dict) else None
+        raise DefinitionError(f"definition {named or '(without a name)'} is wrong: " + "; ".join(faults)) from None
+
+
+def parse_definitions(text: str) -> Iterator[FeatureSet | Model]:
+    """Read a YAML stream of documents.
+
+    Raises:
+        DefinitionError: It is not YAML, or a document is not a definition.
+    """
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except yaml.YAMLError as error:
+        raise DefinitionError(f"not YAML: {error}") from None
+    return (parse_definition(document) for document in documents)
+
+
+def problems_among(definitions: dict[str, FeatureSet | Model]) -> list[str]:
+    """What is wrong between definitions (by `definition_id`), in words: sets and columns that a model names but nobody defined."""
+    found = []
+    for model in definitions.values():
+        if not isinstance(model, Model):
+            continue
+        named = {model.spine, model.label.feature_set} | {source.feature_set for source in model.features}
+        sets = {name: definitions.get(f"FeatureSet/{name}") for name in named}
+        found += [
+            f"model '{model.name}' names the feature set '{name}', which is not defined" for name in sorted(named) if sets[name] is None
+        ]
+        wanted = [(model.label.feature_set, model.label.column)]
+        wanted += [(model.spine, source.join) for source in model.features if source.join]
+        wanted += [(source.feature_set, column) for source in model.features for column in source.columns or []]
+        for name, column in wanted:
+            feature_set = sets.get(name)
+            if isinstance(feature_set, FeatureSet) and column not in feature_set.features:
+                found.append(f"model '{model.name}' names '{column}', which is not a feature of '{name}'")
+    return found
+
+
+def incompatible_changes(old: FeatureSet, new: FeatureSet) -> list[str]:
+    """What `new` breaks of `old`, in words: changes only add features, since rows stored under the old ones stay."""
+    found = [f"feature '{name}' is gone; features are only added" for name in old.features if name not in new.features]
+    for name, feature in old.features.items():
+        changed = new.features.get(name, feature)
+        if (changed.type, changed.unit) != (feature.type, feature.unit):
+            found.append(f"feature '{name}' changes its type or unit; add a new feature instead")
+    if old.entity != new.entity:
+        found.append(f"entity changes from {old.entity} to {new.entity}")
+    return found

@@ -1,0 +1,1 @@
+"""Takes facts in and writes feature rows."""

@@ -1,0 +1,1 @@
+"""Definitions, model versions, promotion and lineage."""

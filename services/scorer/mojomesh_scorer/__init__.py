@@ -1,0 +1,1 @@
+"""Champion MOJO to predictions, over HTTP, gRPC and Kafka."""

@@ -1,0 +1,1 @@
+"""The feature store's tables, migrations, shard routing and Redis layout."""

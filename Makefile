@@ -49,4 +49,7 @@ format: setup ## Format and mend what can be mended
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
-.PHONY: help setup lock check format test
+images: setup ## One container image per service, mojomesh-<service>
+	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
+
+.PHONY: help setup lock check format test images

@@ -43,7 +43,11 @@ class H2O:
         }
         arguments = [word for name, value in options.items() for word in (f"-{name}", value)]
         return Server(
-            Command("h2o", [str(JAVA), f"-Xmx{self.max_heap}", "-XX:+UseSerialGC", "-jar", str(jar), *arguments], self.log),
+            Command(
+                "h2o",
+                [str(JAVA), f"-Xmx{self.max_heap}", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true", "-jar", str(jar), *arguments],
+                self.log,
+            ),
             ports=(self.port, self.port + 1),
             ready=self.ready,
             prepare=self.prepare,

@@ -1,7 +1,6 @@
 """The jars that Python packages do not carry: resolved by jgo (no Java, no Maven), checked against pins, and kept beside the code."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def compile_block_scorer() -> None:
     if made.returncode:
         raise LocalError(f"The scorer's Java helper does not compile:\n{made.stdout}{made.stderr}")
     unfinished = shutil.make_archive(str(classes), "zip", classes)
-    os.replace(unfinished, jar)
+    Path(unfinished).replace(jar)
 
 
 def write_pins() -> None:
@@ -99,6 +98,7 @@ def write_pins() -> None:
 
 
 def digest_of(path: Path) -> str:
+    """SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

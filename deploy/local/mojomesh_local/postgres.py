@@ -29,66 +29,32 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Postgres:
-    """One cluster in `folder`; `password` is that of all three roles, which differ in what they may do."""
+class Cluster:
+    """A running PostgreSQL, wherever it runs; `password` is that of all three roles, which differ in what they may do."""
 
-    folder: Path
     port: int
     password: str
-    log: Path
+    host: str = LOOPBACK
 
     def url(self, role: str, database: str = DATABASE) -> str:
-        return f"postgresql://{role}:{self.password}@{LOOPBACK}:{self.port}/{database}"
-
-    @property
-    def server(self) -> Server:
-        settings = [f"--{name}={value}" for name, value in {**SETTINGS, "port": str(self.port)}.items()]
-        return Server(
-            Command(
-                "postgres",
-                [*_as_ordinary_user(), str(_binary("postgres")), "-D", str(self.folder), *settings],
-                self.log,
-                stop_signal=signal.SIGINT,  # "fast": it does not wait for clients to leave
-            ),
-            ports=(self.port,),
-            ready=self.ready,
-            prepare=self.prepare,
-            settle=self.settle,
-        )
-
-    def prepare(self) -> None:
-        """Make the cluster, once. It is made aside and then renamed, so a killed first start leaves no half of one."""
-        if self.folder.exists():
-            return
-        unfinished = self.folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True, mode=0o700)
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            os.chown(unfinished, nobody.pw_uid, nobody.pw_gid)
-        argv = [*_as_ordinary_user(), str(_binary("initdb")), "-D", str(unfinished), "-U", SUPERUSER, "--pwfile=/dev/stdin"]
-        argv += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
-        made = subprocess.run(argv, input=self.password + "\n", capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise StartFailed(f"initdb could not make a PostgreSQL cluster in {self.folder}:\n{made.stderr}")
-        unfinished.rename(self.folder)
+        return f"postgresql://{role}:{self.password}@{self.host}:{self.port}/{database}"
 
     def ready(self) -> bool:
         return self._psql("select 1", "template1").returncode == 0
 
     def settle(self) -> None:
         """Make the roles and the database where they are missing."""
-        self.execute(f"""
-            DO $$ BEGIN CREATE ROLE {OWNER} LOGIN PASSWORD '{self.password}'; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-            DO $$ BEGIN CREATE ROLE {SERVICE} LOGIN PASSWORD '{self.password}'; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-        """)
+        for role in (OWNER, SERVICE):
+            if not self.execute(f"select 1 from pg_roles where rolname = '{role}'"):
+                self.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{self.password}'")
         self.create_database(DATABASE)
 
     def create_database(self, name: str, template: str = "template1") -> None:
         """Make a database of the owner's, with pgvector, unless it is there."""
         if not self.execute(f"select 1 from pg_database where datname = '{name}'"):
             self.execute(f'CREATE DATABASE "{name}" OWNER {OWNER} TEMPLATE "{template}"')
-        self.execute("CREATE EXTENSION IF NOT EXISTS vector", name)
+        if template == "template1":
+            self.execute("CREATE EXTENSION IF NOT EXISTS vector", name)
 
     def drop_database(self, name: str) -> None:
         """Remove a database, whoever is connected to it."""
@@ -106,11 +72,53 @@ class Postgres:
         return done.stdout.strip()
 
     def _psql(self, sql: str, database: str) -> subprocess.CompletedProcess[str]:
-        argv = [str(_binary("psql")), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", self.url(SUPERUSER, database)]
+        argv = [str(_binary("psql")), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
+        argv += ["-h", self.host, "-p", str(self.port), "-U", SUPERUSER, "-d", database]
         # The password travels in the environment, where only this user may see it.
-        argv[-1] = argv[-1].replace(f":{self.password}@", "@")
         env = {**os.environ, "PGPASSWORD": self.password, "PGCONNECT_TIMEOUT": "5"}
         return subprocess.run(argv, input=sql, env=env, capture_output=True, text=True, check=False)
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """The server of a cluster that is kept in `folder`."""
+
+    folder: Path
+    cluster: Cluster
+    log: Path
+
+    @property
+    def server(self) -> Server:
+        settings = [f"--{name}={value}" for name, value in {**SETTINGS, "port": str(self.cluster.port)}.items()]
+        return Server(
+            Command(
+                "postgres",
+                [*_as_ordinary_user(), str(_binary("postgres")), "-D", str(self.folder), *settings],
+                self.log,
+                stop_signal=signal.SIGINT,  # "fast": it does not wait for clients to leave
+            ),
+            ports=(self.cluster.port,),
+            ready=self.cluster.ready,
+            prepare=self.prepare,
+            settle=self.cluster.settle,
+        )
+
+    def prepare(self) -> None:
+        """Make the cluster, once. It is made aside and then renamed, so a killed first start leaves no half of one."""
+        if self.folder.exists():
+            return
+        unfinished = self.folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True, mode=0o700)
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(unfinished, nobody.pw_uid, nobody.pw_gid)
+        argv = [*_as_ordinary_user(), str(_binary("initdb")), "-D", str(unfinished), "-U", SUPERUSER, "--pwfile=/dev/stdin"]
+        argv += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
+        made = subprocess.run(argv, input=self.cluster.password + "\n", capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise StartFailed(f"initdb could not make a PostgreSQL cluster in {self.folder}:\n{made.stderr}")
+        unfinished.rename(self.folder)
 
 
 def _binary(name: str) -> Path:

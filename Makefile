@@ -43,7 +43,11 @@ format: setup ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+contracts: setup ## Add changed event schemas to the golden ones (refused if they break any) and write docs/asyncapi.yaml
+	$(BIN)/python -m mojomesh_contracts.compatibility --write
+	$(BIN)/python -m mojomesh_contracts.asyncapi --write
+
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
-.PHONY: help setup lock check format test
+.PHONY: help setup lock check format contracts test

@@ -122,7 +122,7 @@ def _operation(part: Part, verb: str, event: type[Event]) -> tuple[str, dict[str
     }
     if verb == "work":
         operation["summary"] = f"Shared by the replicas of {part.name}: each record is handled by one of them."
-        group = {"type": "string", "enum": [part.name]}
+        group = {"type": "string", "enum": [f"{part.name}.{event.topic.name}"]}
         operation["bindings"] = {"kafka": {"groupId": group, "bindingVersion": "0.5.0"}}
     elif verb == "broadcast":
         operation["summary"] = f"Every replica of {part.name} reads all records from the beginning."

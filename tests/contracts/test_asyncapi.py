@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+
 from mojomesh_contracts.asyncapi import DOCUMENT, MESH, WRITE_COMMAND, document, text
 from mojomesh_contracts.events import EVENTS
 

@@ -4,12 +4,13 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field, create_model
+
 from mojomesh_contracts import compatibility
 from mojomesh_contracts.bundles import Baseline, BundleSchema, Golden, Manifest
 from mojomesh_contracts.compatibility import WRITE_COMMAND, faults_of, golden_schemas, incompatibilities, schema_of, write_golden
 from mojomesh_contracts.definitions import FeatureSet, Model
 from mojomesh_contracts.events import EVENTS, Event, Frozen, ModelReady
-from pydantic import BaseModel, Field, create_model
 
 WRITTEN = pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.topic.name)
 

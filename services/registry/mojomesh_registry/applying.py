@@ -7,6 +7,7 @@ from typing import Literal
 from uuid import UUID, uuid4
 
 from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.errors import NotFound
@@ -28,7 +29,7 @@ class Applied:
 
 async def in_force(db: AsyncSession) -> dict[str, AppliedDefinition]:
     """The newest version of every definition, by its id."""
-    newest = select(AppliedDefinition).distinct(AppliedDefinition.definition_id)
+    newest = select(AppliedDefinition).ext(distinct_on(AppliedDefinition.definition_id))
     rows = await db.scalars(newest.order_by(AppliedDefinition.definition_id, AppliedDefinition.version.desc()))
     return {row.definition_id: row for row in rows}
 

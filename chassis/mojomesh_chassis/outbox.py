@@ -101,7 +101,7 @@ class Relay:
         """
         table = self._outbox
         async with self._database.begin() as db:
-            if not await db.scalar(select(func.pg_try_advisory_xact_lock(func.hashtext(str(table))))):
+            if not await self._take_turn(db):
                 return 0
             columns = (table.c.id, table.c.aggregatetype, table.c.aggregateid, table.c.payload, table.c.headers)
             unsent = select(*columns).where(table.c.sent_at.is_(None)).order_by(table.c.seq).limit(BATCH)
@@ -119,6 +119,9 @@ class Relay:
             await db.execute(sent.values(sent_at=func.clock_timestamp()))
             await self._forget(db)
         return len(rows)
+
+    async def _take_turn(self, db: AsyncSession) -> bool:
+        return bool(await db.scalar(select(func.pg_try_advisory_xact_lock(func.hashtext(str(self._outbox))))))
 
     async def _forget(self, db: AsyncSession) -> None:
         old = func.clock_timestamp() - func.make_interval(0, 0, 0, KEPT_DAYS)

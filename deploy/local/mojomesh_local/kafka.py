@@ -87,8 +87,9 @@ class Kafka:
 
 
 def _java(main_class: str, *arguments: str) -> list[str]:
-    logging = Path(__file__).with_name("kafka-log4j2.properties")
     return [
-        *(str(JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true", f"-Dlog4j2.configurationFile={logging}"),
+        *(str(JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true"),
+        *("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"),
+        "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd HH:mm:ss.SSS",
         *("-cp", f"{KAFKA_JARS}/*", main_class, *arguments),
     ]

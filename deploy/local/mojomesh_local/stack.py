@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import LocalError, NotRunning, StartFailed
 from .processes import LOG_TAIL_LINES, die_with_parent
 from .state import PartStatus, StateFolder, Status
-from .supervisor import up
+from .supervisor import already_running, up
 
 STOP_PATIENCE_S = 90.0
 
@@ -141,7 +141,13 @@ class Mesh:
 def launch(
     state: StateFolder, only: Sequence[str] = (), env: Mapping[str, str] | None = None, outlive: bool = False
 ) -> "subprocess.Popen[bytes]":
-    """Start an `up` as a process of its own, which writes to the log `up`; it ends with this process unless it is to `outlive` it."""
+    """Start an `up` as a process of its own, which writes to the log `up`; it ends with this process unless it is to `outlive` it.
+
+    Raises:
+        AlreadyRunning: There is one.
+    """
+    if state.is_up:
+        raise already_running(state)
     log = state.log_of("up")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     argv = [sys.executable, "-m", "mojomesh_local.stack", "--state", str(state.path), *(word for part in only for word in ("--only", part))]

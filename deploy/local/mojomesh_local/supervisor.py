@@ -45,16 +45,19 @@ def up(state: StateFolder, tell: Tell, only: Sequence[str] = ()) -> None:
     try:
         lock.acquire()
     except Timeout:
-        status = state.read_status()
-        owner = f"process {status.pid}" if status else "another process"
-        raise AlreadyRunning(
-            f"A mesh is already up in {state.path} ({owner}). See it with `mojomesh status`, end it with `mojomesh down`."
-        ) from None
+        raise already_running(state) from None
     with lock:
         for name, pid, started in state.recorded_processes():
             if kill_leftover(pid, started):
                 tell(name, "killed what an earlier `up` left")
         _Supervisor(state, layout_of(state, os.environ), tell, set(only) or {*SERVERS, *SERVICES}).run()
+
+
+def already_running(state: StateFolder) -> AlreadyRunning:
+    """What to tell a second `up`."""
+    status = state.read_status()
+    owner = f"process {status.pid}" if status else "another process"
+    return AlreadyRunning(f"A mesh is already up in {state.path} ({owner}). See it with `mojomesh status`, end it with `mojomesh down`.")
 
 
 class _Supervisor:
@@ -80,6 +83,7 @@ class _Supervisor:
             try:
                 self._start_all()
                 self._say("running")
+                self._tell("mesh", "ready")
                 while True:
                     self._pause()
                     self._tend()

@@ -8,9 +8,14 @@ from pathlib import Path
 from alembic import command, context
 from alembic.config import Config
 from sqlalchemy import Connection, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+from mojomesh_chassis.errors import TransientError
+
 APPLICATION_POOL = 10
+# connection exceptions, serialization failure and deadlock, too many connections, shutdown and start-up, no lock in time
+PASSING_SQLSTATES = ("08", "40", "53300", "57P", "55P03", "25006")
 
 
 class Database:
@@ -22,9 +27,18 @@ class Database:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A transaction: committed at the end, rolled back when the block raises."""
-        async with self._sessions() as session, session.begin():
-            yield session
+        """A transaction: committed at the end, rolled back when the block raises.
+
+        Raises:
+            TransientError: The server cannot be reached, is closing, or gave way to another transaction.
+        """
+        try:
+            async with self._sessions() as session, session.begin():
+                yield session
+        except (DBAPIError, OSError) as error:
+            if _may_pass(error):
+                raise TransientError(f"PostgreSQL does not serve: {error.orig if isinstance(error, DBAPIError) else error!r}") from error
+            raise
 
     async def ping(self) -> None:
         """Ask the server for nothing."""
@@ -72,6 +86,13 @@ def run_migrations(schema: str) -> None:
     context.configure(connection=connection, version_table_schema=schema)
     with context.begin_transaction():
         context.run_migrations()
+
+
+def _may_pass(error: DBAPIError | OSError) -> bool:
+    if isinstance(error, DBAPIError):
+        sqlstate = getattr(error.orig, "sqlstate", None) or ""
+        return error.connection_invalidated or sqlstate.startswith(PASSING_SQLSTATES)
+    return isinstance(error, ConnectionError | TimeoutError)
 
 
 def _async_url(url: str) -> str:

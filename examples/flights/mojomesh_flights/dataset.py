@@ -67,7 +67,9 @@ where scheduled < $until
 order by scheduled, flight_id
 """
 _WEATHER = ("temp", "dewp", "humid", "wind_speed", "wind_gust", "precip", "pressure", "visib")
-_FRESH = ", ".join(f'case when scheduled - weather_ok.time_hour <= interval 3 hours then {name} end as "weather.{name}"' for name in _WEATHER)
+_FRESH = ", ".join(
+    f'case when scheduled - weather_ok.time_hour <= interval 3 hours then {name} end as "weather.{name}"' for name in _WEATHER
+)
 
 WHOLE_YEAR = datetime(2014, 1, 2, tzinfo=UTC)
 

@@ -20,10 +20,10 @@ $(VENV)/.done: requirements/uv.txt requirements/dev.txt $(MEMBERS:%=%/pyproject.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
 	@touch $@
 
-$(MAGE)/.done: requirements/mage.txt $(VENV)/.done
+$(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/pyproject.toml $(VENV)/.done
 	$(PYTHON) -m venv $(MAGE)
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
-	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts
+	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 
 lock: $(VENV)/.done ## Write requirements/*.txt anew from the pyproject.toml files

@@ -5,17 +5,20 @@ PYTHON ?= python3
 VENV := .venv
 MAGE := .venv-mage
 BIN := $(VENV)/bin
+SERVICES := ingest features trainer registry scorer
+COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet --python-version 3.11 \
+  $(shell sed -n 's/^name = "\(mojomesh-.*\)"/--no-emit-package \1/p' $(MEMBERS:%=%/pyproject.toml))
 MEMBERS := contracts chassis store services/ingest services/features services/trainer services/registry services/scorer cli deploy/local examples/flights
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 16
 
-setup: $(VENV)/.done $(MAGE)/.done ## Make both environments and fetch the jars (done once)
+setup: $(VENV)/.done $(MAGE)/.done $(VENV)/.jars ## Make both environments and fetch the jars (done once)
 
-$(VENV)/.done: requirements/uv.txt requirements/dev.txt $(MEMBERS:%=%/pyproject.toml)
+$(VENV)/.done: requirements/build.txt requirements/dev.txt $(MEMBERS:%=%/pyproject.toml)
 	@$(PYTHON) deploy/local/mojomesh_local/platform_check.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/build.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
 	@touch $@
@@ -26,12 +29,16 @@ $(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/p
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 
+$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(wildcard services/scorer/java/*.java)
+	$(BIN)/python -m mojomesh_local.jars
+	@touch $@
+
 lock: $(VENV)/.done ## Write requirements/*.txt anew from the pyproject.toml files
-	$(BIN)/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet --python-version 3.11 \
-	  $(shell sed -n 's/^name = "\(mojomesh-.*\)"/--no-emit-package \1/p' $(MEMBERS:%=%/pyproject.toml)) \
-	  --group dev $(MEMBERS:%=%/pyproject.toml) -o requirements/dev.txt
-	$(BIN)/uv pip compile --universal --generate-hashes --no-annotate --no-header --quiet --python-version 3.11 \
-	  services/trainer/pipelines/pyproject.toml -o requirements/mage.txt
+	$(COMPILE) --group build -o requirements/build.txt
+	$(COMPILE) --group dev $(MEMBERS:%=%/pyproject.toml) -o requirements/dev.txt
+	$(COMPILE) services/trainer/pipelines/pyproject.toml -o requirements/mage.txt
+	for service in $(SERVICES); do $(COMPILE) contracts/pyproject.toml chassis/pyproject.toml store/pyproject.toml \
+	  services/$$service/pyproject.toml -c requirements/dev.txt -o requirements/$$service.txt || exit 1; done
 
 check: setup ## Formatting, lint, types and the arrows between packages, in seconds
 	$(BIN)/ruff format --check .
@@ -46,4 +53,7 @@ format: setup ## Format and mend what can be mended
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
-.PHONY: help setup lock check format test
+images: setup ## One container image per service, mojomesh-<service>
+	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
+
+.PHONY: help setup lock check format test images

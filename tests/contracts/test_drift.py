@@ -1,6 +1,7 @@
 from math import log, nan
 
 import pytest
+
 from mojomesh_contracts.drift import bin_of_level, bin_of_number, kl, psi, score_of
 
 

@@ -1,0 +1,324 @@
+"""Consuming events at least once: decode, validate, handle, publish what follows, then commit.
+
+FastStream subscribes and runs the loops; what its acknowledgement policies cannot give is here (PITFALLS are in
+docs/decisions/0002-consuming.md): explicit offsets, bounded retries with back-off, isolation of a bad record in a batch, dead letters.
+"""
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import IllegalStateError, KafkaError
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker
+from faststream.kafka.message import KafkaAckableMessage
+from opentelemetry import trace
+from prometheus_client import Counter, Gauge, Histogram
+from pydantic import ValidationError
+
+from mojomesh_chassis.errors import PermanentError, TransientError
+from mojomesh_chassis.faults import fault
+from mojomesh_chassis.health import Health
+from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.settings import MeshSettings
+from mojomesh_chassis.telemetry import carried_trace, links, log, tracer
+from mojomesh_contracts.events import Event
+
+_CONSUMED = Counter("mojomesh_events_consumed_total", "Events by what became of them", ["topic", "outcome"])
+_SECONDS = Histogram("mojomesh_handling_seconds", "Time to handle a batch and publish what follows", ["topic"])
+_LAG = Gauge("mojomesh_lag_records", "Records in assigned partitions that are not handled yet", ["topic", "partition"])
+
+TRIES = 3  # of a batch that fails by a bug, before its bad record is looked for
+MAX_BACKOFF_S = 5.0
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
+Handler = Callable[..., Awaitable[Sequence[Event] | None]]
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """One handler of one topic, as a router declares it."""
+
+    service: str
+    event: type[Event]
+    handler: Handler
+    batch: int
+    broadcast: bool
+
+    @property
+    def group(self) -> str | None:
+        """Consumer group: one per service and topic, so that a rebalance of one topic does not stop the others."""
+        return None if self.broadcast else f"{self.service}.{self.event.topic.name}"
+
+
+class MeshRouter:
+    """The handlers of one service, by topic."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self.subscriptions: list[Subscription] = []
+
+    def work(self, event: type[AnyEvent], *, batch: int = 1) -> Callable[[Handler], Handler]:
+        """Subscribe as one of the service's replicas: each record is handled by one of them, at least once.
+
+        The handler gets a list of at most `batch` events, in order within a key, and returns the events that follow.
+        """
+        return self._subscribe(event, batch, broadcast=False)
+
+    def broadcast(self, event: type[AnyEvent], *, batch: int = 100) -> Callable[[Handler], Handler]:
+        """Subscribe as every replica: each reads the topic from its beginning, and work starts when it has caught up."""
+        return self._subscribe(event, batch, broadcast=True)
+
+    def _subscribe(self, event: type[Event], batch: int, broadcast: bool) -> Callable[[Handler], Handler]:
+        def subscribe(handler: Handler) -> Handler:
+            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast))
+            return handler
+
+        return subscribe
+
+
+@dataclass
+class Consumer:
+    """One subscription at work."""
+
+    subscription: Subscription
+    publisher: Publisher
+    resources: dict[str, Any]
+    kafka: AIOKafkaConsumer | None = None
+    _failures: int = 0
+    _handled: dict[TopicPartition, int] = field(default_factory=dict)
+
+    async def consume(self, records: Sequence[ConsumerRecord]) -> None:
+        """Handle records, publish what follows, commit; or leave the offsets where they are and read again later."""
+        name = self.subscription.event.topic.name
+        contexts = [carried_trace(_text_headers(record)) for record in records]
+        parent = contexts[0] if len({context.span_id for context in contexts}) == 1 else None
+        within = trace.set_span_in_context(trace.NonRecordingSpan(parent)) if parent is not None and parent.is_valid else None
+        with (
+            _SECONDS.labels(name).time(),
+            tracer.start_as_current_span(
+                f"{self.subscription.service} {name}", context=within, links=links(contexts), kind=trace.SpanKind.CONSUMER
+            ),
+        ):
+            try:
+                await self._deliver(await self._decoded(records))
+            except TransientError as error:
+                await self._read_again(records, error, error.retry_after_s)
+            except _TryAgain as error:
+                await self._read_again(records, error.__cause__ or error, 0.1)
+            else:
+                self._failures = 0
+                fault(f"{self.subscription.service}.after_publish")
+                await self._commit(records)
+
+    async def caught_up(self) -> None:
+        """Wait until everything that is in the topic now has been handled."""
+        kafka = await self._assigned()
+        ends = await kafka.end_offsets(kafka.assignment())
+        begins = await kafka.beginning_offsets(list(ends))
+        while any(self._handled.get(partition, begins[partition]) < end for partition, end in ends.items()):
+            await asyncio.sleep(0.01)
+
+    async def _assigned(self) -> AIOKafkaConsumer:
+        while self.kafka is None or not self.kafka.assignment():
+            await asyncio.sleep(0.01)
+        return self.kafka
+
+    async def _decoded(self, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, Event]]:
+        decoded = []
+        for record in records:
+            try:
+                decoded.append((record, self.subscription.event.model_validate_json(record.value or b"")))
+            except ValidationError as error:
+                faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:5])
+                await self._bury(record, PermanentError(f"not a {self.subscription.event.__name__}: {faults}"))
+        return decoded
+
+    async def _deliver(self, batch: list[tuple[ConsumerRecord, Event]]) -> None:
+        """Handle a batch; when it fails for good, halve it until the record at fault stands alone, and bury that one."""
+        if not batch:
+            return
+        try:
+            await self._handle([event for _, event in batch])
+        except TransientError:
+            raise
+        except Exception as error:  # a bug in a handler must not stop a partition
+            if not isinstance(error, PermanentError) and self._failures < TRIES - 1:
+                raise _TryAgain from error
+            if len(batch) == 1:
+                await self._bury(batch[0][0], error)
+            else:
+                middle = len(batch) // 2
+                await self._deliver(batch[:middle])
+                await self._deliver(batch[middle:])
+        else:
+            _CONSUMED.labels(self.subscription.event.topic.name, "handled").inc(len(batch))
+
+    async def _handle(self, events: list[Event]) -> None:
+        following = await self.subscription.handler(events, **self.resources)
+        fault(f"{self.subscription.service}.after_handler")
+        await self.publisher.publish(following or [])
+
+    async def _bury(self, record: ConsumerRecord, error: Exception) -> None:
+        """Dead-letter a record with its bytes and headers as they came and the reason; broadcasts are only logged, by every replica."""
+        topic = self.subscription.event.topic
+        bug = not isinstance(error, PermanentError)
+        reason = f"{type(error).__name__}: {error}" if bug else str(error)
+        _CONSUMED.labels(topic.name, "dead_lettered").inc()
+        log.error(
+            "record_dead_lettered",
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            reason=reason,
+            traceback="".join(traceback.format_exception(error)) if bug else None,
+        )
+        if not self.subscription.broadcast:
+            origin = {
+                "mojomesh-reason": reason,
+                "mojomesh-service": self.subscription.service,
+                "mojomesh-topic": record.topic,
+                "mojomesh-partition": str(record.partition),
+                "mojomesh-offset": str(record.offset),
+                "mojomesh-failed-at": datetime.now(UTC).isoformat(),
+            }
+            headers = [*record.headers, *((name, value.encode()) for name, value in origin.items())]
+            await self.publisher.send([(topic.dead_letters.name, record.key, record.value, headers)])
+
+    async def _read_again(self, records: Sequence[ConsumerRecord], error: BaseException, wait_s: float) -> None:
+        """Wait, longer each time, and rewind: the partitions wait and nothing is lost."""
+        self._failures += 1
+        backoff_s = min(MAX_BACKOFF_S, wait_s * 2 ** min(self._failures - 1, 10))
+        log.warning("batch_read_again", topic=records[0].topic, n=len(records), tries=self._failures, wait_s=backoff_s, reason=repr(error))
+        _CONSUMED.labels(records[0].topic, "read_again").inc(len(records))
+        await asyncio.sleep(backoff_s)
+        firsts: dict[TopicPartition, int] = {}
+        for record in records:
+            firsts.setdefault(TopicPartition(record.topic, record.partition), record.offset)
+        for partition, offset in firsts.items():
+            try:
+                (await self._assigned()).seek(partition, offset)
+            except IllegalStateError:
+                log.info("partition_gone", topic=partition.topic, partition=partition.partition)  # its new owner reads it again
+
+    async def _commit(self, records: Sequence[ConsumerRecord]) -> None:
+        nexts = {TopicPartition(record.topic, record.partition): record.offset + 1 for record in records}
+        kafka = await self._assigned()
+        if not self.subscription.broadcast:
+            try:
+                await kafka.commit(nexts)
+            except KafkaError as error:
+                # The partition went to another member, or Kafka is away: the records come again, and their effects are safe to repeat.
+                log.warning("commit_failed", topic=records[0].topic, reason=repr(error))
+        self._handled |= nexts
+        for partition, offset in nexts.items():
+            end = kafka.highwater(partition) if partition in kafka.assignment() else None
+            _LAG.labels(partition.topic, partition.partition).set(max(0, (end or offset) - offset))
+
+
+class _TryAgain(Exception):
+    pass
+
+
+@asynccontextmanager
+async def consuming(
+    router: MeshRouter, settings: MeshSettings, publisher: Publisher, health: Health, slot: str = "0", **resources: Any
+) -> AsyncIterator[None]:
+    """Run a router's handlers. Broadcast topics are caught up with first; at the end running handlers finish.
+
+    Args:
+        slot: Tells apart the processes of one replica; a restarted one gets its partitions back at once.
+        resources: What handlers get, by parameter name.
+    """
+    broker = KafkaBroker(settings.kafka, apply_types=False, logger=None, graceful_timeout=30, parser=None, allow_auto_create_topics=False)
+    consumers = [_consumer(subscription, publisher, resources) for subscription in router.subscriptions]
+    await broker.connect()
+    try:
+        await broker.start()
+        broadcasts = [consumer for consumer in consumers if consumer.subscription.broadcast]
+        for consumer in broadcasts:
+            await _start(broker, consumer, settings, slot)
+        for consumer in broadcasts:
+            for resource in resources.values():
+                if isinstance(resource, CatchesUp) and resource.event is consumer.subscription.event:
+                    resource.follow(consumer)
+            await consumer.caught_up()
+        await asyncio.gather(*(_start(broker, consumer, settings, slot) for consumer in consumers if not consumer.subscription.broadcast))
+        health.add("kafka", publisher.ping)
+        yield
+    finally:
+        await broker.stop()
+
+
+class CatchesUp:
+    """A resource filled by a broadcast topic; `await caught_up()` makes it know all that is in the topic at the call."""
+
+    event: type[Event]
+    _followed: Consumer | None = None
+
+    def follow(self, consumer: Consumer) -> None:
+        """Called by `consuming` with what fills this resource."""
+        self._followed = consumer
+
+    async def caught_up(self) -> None:
+        """Wait until everything that is in the topic now is known here."""
+        if self._followed is not None:
+            await self._followed.caught_up()
+
+
+def _consumer(subscription: Subscription, publisher: Publisher, resources: dict[str, Any]) -> Consumer:
+    named = list(inspect.signature(subscription.handler).parameters)[1:]
+    if missing := [name for name in named if name not in resources]:
+        raise TypeError(f"{subscription.handler.__name__} asks for {', '.join(missing)}, which `consuming` was not given")
+    return Consumer(subscription, publisher, {name: resources[name] for name in named})
+
+
+async def _start(broker: KafkaBroker, consumer: Consumer, settings: MeshSettings, slot: str) -> None:
+    subscription = consumer.subscription
+    subscriber = broker.subscriber(
+        subscription.event.topic.name,
+        batch=True,
+        max_records=subscription.batch,
+        batch_timeout_ms=25,
+        group_id=subscription.group,
+        group_instance_id=None if subscription.broadcast else f"{subscription.group}-{settings.replica}-{slot}",
+        ack_policy=AckPolicy.MANUAL,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_poll_records=subscription.batch,
+        session_timeout_ms=45_000,
+        heartbeat_interval_ms=1_000,
+        max_poll_interval_ms=15 * 60 * 1000,
+        parser=_as_it_is,
+        decoder=_undecoded,
+    )
+
+    async def consume(records: Sequence[ConsumerRecord]) -> None:
+        consumer.kafka = subscriber.consumer
+        await consumer.consume(records)
+
+    subscriber(consume)
+    await subscriber.start()
+    consumer.kafka = subscriber.consumer
+
+
+async def _as_it_is(records: tuple[ConsumerRecord, ...]) -> KafkaAckableMessage:
+    """A parser that cannot fail: FastStream's own skips a record whose header is no text, silently."""
+    return KafkaAckableMessage(body=b"", raw_message=records, consumer=_NEVER_USED)
+
+
+async def _undecoded(message: KafkaAckableMessage) -> Sequence[ConsumerRecord]:
+    return message.raw_message
+
+
+_NEVER_USED: Any = None  # offsets are committed by `Consumer`, not through the message
+
+
+def _text_headers(record: ConsumerRecord) -> dict[str, str]:
+    return {name: value.decode("utf-8", "replace") for name, value in record.headers if value is not None}

@@ -1,0 +1,63 @@
+"""The object store: a local folder or S3, by URL."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import obstore
+from obstore.exceptions import NotFoundError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from mojomesh_chassis.errors import NotFound
+
+
+class Objects:
+    """Immutable files under keys such as `bundles/<digest>/manifest.json`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        parsed = urlparse(url)
+        self._folder = Path(unquote(parsed.path)) if parsed.scheme == "file" else None
+        self._store: ObjectStore = LocalStore(self._folder, mkdir=True) if self._folder else from_url(url)
+
+    def path_of(self, key: str) -> str:
+        """Where H2O and DuckDB read or write the object themselves: a path, or an `s3://` address."""
+        if self._folder is None:
+            return f"{self._url}/{key}"
+        path = self._folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    async def put(self, key: str, content: bytes | Path) -> None:
+        """Store bytes, or the file at a path."""
+        await obstore.put_async(self._store, key, content)
+
+    async def get(self, key: str) -> bytes:
+        """The object's bytes.
+
+        Raises:
+            NotFound: There is none under `key`.
+        """
+        try:
+            return bytes(await (await obstore.get_async(self._store, key)).bytes_async())
+        except (NotFoundError, FileNotFoundError):
+            raise NotFound(f"no object '{key}' in {self._url}") from None
+
+    async def exists(self, key: str) -> bool:
+        try:
+            await obstore.head_async(self._store, key)
+        except (NotFoundError, FileNotFoundError):
+            return False
+        return True
+
+    async def list(self, prefix: str) -> list[str]:
+        """The keys under a folder, sorted."""
+        return sorted([meta["path"] async for batch in obstore.list(self._store, prefix) for meta in batch])
+
+    async def ping(self) -> None:
+        """List nothing."""
+        await self.list("ping")
+
+
+def open_objects(url: str) -> Objects:
+    """The object store at `file:///folder` or `s3://bucket/prefix` (credentials as AWS's tools read them)."""
+    return Objects(url)

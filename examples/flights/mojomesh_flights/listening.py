@@ -31,12 +31,12 @@ class Predictions:
 
     ids: list[str] = field(default_factory=list)
     entity_ids: list[str | None] = field(default_factory=list)
-    by_kafka: array[int] = field(default_factory=lambda: array("b"))
-    event_ms: array[int] = field(default_factory=lambda: array("q"))
-    made_ms: array[int] = field(default_factory=lambda: array("q"))
-    versions: array[int] = field(default_factory=lambda: array("i"))
-    scores: array[float] = field(default_factory=lambda: array("d"))
-    inputs: array[float] = field(default_factory=lambda: array("d"))
+    by_kafka: "array[int]" = field(default_factory=lambda: array("b"))
+    event_ms: "array[int]" = field(default_factory=lambda: array("q"))
+    made_ms: "array[int]" = field(default_factory=lambda: array("q"))
+    versions: "array[int]" = field(default_factory=lambda: array("i"))
+    scores: "array[float]" = field(default_factory=lambda: array("d"))
+    inputs: "array[float]" = field(default_factory=lambda: array("d"))
 
     n_requested: int = 0  # of them asked for over Kafka
 

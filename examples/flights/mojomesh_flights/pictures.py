@@ -84,8 +84,6 @@ def _quality(figure: Figure, weeks: Sequence[Period], versions: Sequence[Version
     x = [middle[start] for start in starts]
     better = [a >= b for a, b in zip(served, frozen, strict=True)]
     axes.fill_between(x, frozen, served, where=better, color="#0f6e84", alpha=0.10, lw=0, interpolate=True)
-        x, frozen, served, where=[a >= b for a, b in zip(served, frozen, strict=True)], color="#0f6e84", alpha=0.10, lw=0, interpolate=True
-    )
     axes.plot(x, frozen, color=color_of(1), lw=1.6, ls=(0, (4, 2)))
     axes.plot(x, served, color=LINE, lw=1.2)
     for week in weeks:
@@ -190,11 +188,11 @@ def _calibration(figure: Figure, calibrations: Sequence[Calibration]) -> None:
     axes = figure.subplots()
     most = max(max(tenth.mean_score, tenth.share_late) for found in calibrations for tenth in found.bins) * 1.06
     axes.plot([0, most], [0, most], color=LINE, lw=1.2)
+    drawn = {"served": ("what served", "#0f6e84", "-"), "frozen": ("first version, frozen", color_of(1), (0, (4, 2)))}
     for found in calibrations:
         x, y = [tenth.mean_score for tenth in found.bins], [tenth.share_late for tenth in found.bins]
-        label, color, style = ("what served", "#0f6e84", "-") if found.which == "served" else ("first version, frozen", color_of(1), (0, (4, 2)))
+        label, color, style = drawn[found.which]
         axes.plot(x, y, marker="o", color=color, ms=5, lw=1.4, ls=style, label=f"{label}: off by {found.error:.3f}")
-        )
     axes.set(xlim=(0, most), ylim=(0, most), xlabel="probability given", ylabel="share that was late", aspect="equal")
     axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))

@@ -29,7 +29,7 @@ $(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/p
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 
-$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(wildcard services/scorer/java/*.java)
+$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(shell find services/scorer -name '*.java')
 	$(BIN)/python -m mojomesh_local.jars
 	@touch $@
 

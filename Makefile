@@ -23,10 +23,10 @@ $(VENV)/.done: requirements/build.txt requirements/dev.txt $(MEMBERS:%=%/pyproje
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
 	@touch $@
 
-$(MAGE)/.done: requirements/mage.txt $(VENV)/.done
+$(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/pyproject.toml $(VENV)/.done
 	$(PYTHON) -m venv $(MAGE)
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
-	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts
+	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 
 $(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(shell find services/scorer -name '*.java')

@@ -13,7 +13,7 @@ MEMBERS := contracts chassis store services/ingest services/features services/tr
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 16
 
-setup: $(VENV)/.done $(MAGE)/.done ## Make both environments and fetch the jars (done once)
+setup: $(VENV)/.done $(MAGE)/.done $(VENV)/.jars ## Make both environments and fetch the jars (done once)
 
 $(VENV)/.done: requirements/build.txt requirements/dev.txt $(MEMBERS:%=%/pyproject.toml)
 	@$(PYTHON) deploy/local/mojomesh_local/platform_check.py
@@ -27,6 +27,10 @@ $(MAGE)/.done: requirements/mage.txt $(VENV)/.done
 	$(PYTHON) -m venv $(MAGE)
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts
+	@touch $@
+
+$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(wildcard services/scorer/java/*.java)
+	$(BIN)/python -m mojomesh_local.jars
 	@touch $@
 
 lock: $(VENV)/.done ## Write requirements/*.txt anew from the pyproject.toml files

@@ -4,22 +4,21 @@ import os
 import signal
 from pathlib import Path
 
-_armed: tuple[str, Path] | None = None
+_folder: Path | None = None
 
 
-def arm_faults(fault: str | None) -> None:
-    """Arm the fault `point:marker-file`, or none. The marker makes it happen once: it is removed before the kill."""
-    global _armed
-    point, _, marker = (fault or "").partition(":")
-    _armed = (point, Path(marker)) if marker else None
+def arm_faults(folder: Path | None) -> None:
+    """From now on a file in `folder`, named after a point, kills the process that gets there first; None disarms."""
+    global _folder
+    _folder = folder
 
 
 def fault(point: str) -> None:
-    """Die here by SIGKILL, if this point is armed and its marker file still exists."""
-    if _armed is None or _armed[0] != point:
+    """Die here by SIGKILL, if a file `point` lies in the armed folder; it is removed first, so that it happens once."""
+    if _folder is None:
         return
     try:
-        _armed[1].unlink()
+        (_folder / point).unlink()
     except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)

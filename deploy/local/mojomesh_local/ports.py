@@ -1,0 +1,54 @@
+"""Free ports on the loopback address."""
+
+import random
+import socket
+
+import psutil
+
+from .errors import PortTaken
+
+# Below Linux's range for outgoing connections: a port kept from one `up` to the next must not be lent to a client meanwhile.
+LOWEST, HIGHEST = 20_000, 32_000
+LOOPBACK = "127.0.0.1"
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on it now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(port: int, host: str = LOOPBACK) -> bool:
+    """Whether somebody accepts connections on it."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+def choose(count: int) -> list[int]:
+    """So many ports in a row, all free now (H2O wants two neighbours).
+
+    Raises:
+        PortTaken: There is no such row.
+    """
+    firsts = list(range(LOWEST, HIGHEST, count))
+    random.shuffle(firsts)
+    for first in firsts:
+        row = list(range(first, first + count))
+        if all(is_free(port) for port in row):
+            return row
+    raise PortTaken(f"No {count} free ports in a row between {LOWEST} and {HIGHEST} on {LOOPBACK}.")
+
+
+def holder(port: int) -> str:
+    """Who listens on a port, for an error message; only the port's own user, or root, may know."""
+    for connection in psutil.net_connections("inet"):
+        if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            process = psutil.Process(connection.pid)
+            return f"{process.name()} (pid {process.pid}, user {process.username()})"
+    return f"another program (try `ss -ltnp | grep {port}`)"

@@ -1,0 +1,182 @@
+"""Writing and reading feature rows. What takes a session needs a transaction (read committed) and never commits it."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+import orjson
+from sqlalchemy import BigInteger, TextClause, column, func, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from mojomesh_chassis.database import Database
+from mojomesh_chassis.errors import TransientError
+from mojomesh_contracts.events import EventReceived
+from mojomesh_store.tables import FeatureRow, feature_rows
+
+PASSAGE_TIMEOUT_MS = 200  # a waiting exclusive lock holds up new writers for at most this long
+PASSAGE_TRIES = 100
+
+RowId = tuple[str, datetime, UUID]
+"""What makes a feature row unique: feature_set, event_time, event_id."""
+
+
+def _reading_rows(sql: str) -> TextClause:
+    return text(sql.replace("ROW_COLUMNS", ", ".join(f'row."{column.name}"' for column in feature_rows.c)))
+
+
+# seq is drawn in the order of arrival, so that of two corrections in one batch the later wins; rows are inserted in the order of their
+# key, because two writers that insert the same keys in opposite orders deadlock.
+_INSERT = text("""
+    INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
+    SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
+    FROM (
+        SELECT *, nextval('store.feature_row_seq') AS seq
+        FROM unnest(
+            CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
+            CAST(:reported_ats AS timestamptz[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
+        ) AS arrived (feature_set, entity_id, event_time, reported_at, event_id, vector)
+    ) AS numbered
+    ORDER BY feature_set, event_time, event_id
+    ON CONFLICT DO NOTHING
+    RETURNING feature_set, event_time, event_id, seq
+""")
+
+_STORED = _reading_rows("""
+    SELECT ROW_COLUMNS
+    FROM unnest(CAST(:feature_sets AS text[]), CAST(:event_times AS timestamptz[]), CAST(:event_ids AS uuid[]))
+        AS asked (feature_set, event_time, event_id)
+    JOIN store.feature_rows AS row USING (feature_set, event_time, event_id)
+""").columns(*feature_rows.c)
+
+_LATEST = _reading_rows("""
+    SELECT ROW_COLUMNS, asked.n
+    FROM unnest(CAST(:entity_ids AS text[]), CAST(:ats AS timestamptz[])) WITH ORDINALITY AS asked (entity_id, at, n)
+    CROSS JOIN LATERAL (
+        SELECT * FROM store.feature_rows
+        WHERE feature_set = :feature_set AND entity_id = asked.entity_id AND event_time <= asked.at AND created_at <= :snapshot_time
+        ORDER BY event_time DESC, created_at DESC, seq DESC
+        LIMIT 1
+    ) AS row
+""").columns(*feature_rows.c, column("n", BigInteger))
+
+
+async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[FeatureRow]:
+    """Store each event once; the stored row of every event, in their order, whether it is new or a repeat.
+
+    Of events with one (feature_set, event_time, event_id) the first to be stored stays, whatever later ones say.
+    """
+    created_at = await _write_time(db)
+    firsts: dict[RowId, EventReceived] = {}
+    for event in events:
+        firsts.setdefault(_row_id(event), event)
+    stored = await _insert(db, firsts, created_at)
+    repeats = [row_id for row_id in firsts if row_id not in stored]
+    if repeats:
+        stored |= await _rows_of(db, repeats)
+    return [stored[_row_id(event)] for event in events]
+
+
+async def latest(db: AsyncSession, feature_set: str, entity_id: str, at: datetime, snapshot_time: datetime) -> FeatureRow | None:
+    """The row that was true of `entity_id` at event time `at`, as the mesh knew it at `snapshot_time`; both included.
+
+    Of two rows with one event time the later known wins: it is a correction.
+    """
+    return (await latest_of_many(db, feature_set, [(entity_id, at)], snapshot_time))[0]
+
+
+async def latest_of_many(
+    db: AsyncSession, feature_set: str, asked: Sequence[tuple[str, datetime]], snapshot_time: datetime
+) -> list[FeatureRow | None]:
+    """`latest` for many pairs of entity and event time in one statement; the answers in their order."""
+    found: list[FeatureRow | None] = [None] * len(asked)
+    parameters = {"feature_set": feature_set, "snapshot_time": snapshot_time}
+    parameters |= {"entity_ids": [entity_id for entity_id, _ in asked], "ats": [at for _, at in asked]}
+    for *columns, n in await db.execute(_LATEST, parameters):
+        found[n - 1] = FeatureRow(*columns)
+    return found
+
+
+async def pass_snapshot(shard: Database, snapshot_time: datetime) -> None:
+    """Make the rows with `created_at <= snapshot_time` the same for ever: when this returns none is on its way, and none will follow.
+
+    Waits for the writers that are in their transaction, and leaves the time behind as a floor: later writes get a later time, even if
+    the clock is stepped back.
+
+    Raises:
+        TransientError: Writers held their transactions open for all the tries.
+    """
+    for _ in range(PASSAGE_TRIES):
+        async with shard.begin() as db:
+            if await _floor_reaches(db, snapshot_time):
+                return
+            if await _gets_past_writers(db):
+                await db.execute(select(func.store.raise_snapshot_floor(snapshot_time)))
+                return
+        await asyncio.sleep(PASSAGE_TIMEOUT_MS / 4000)  # let the writers go who waited behind us
+    raise TransientError("feature rows are being written without a pause; no snapshot could pass, try again")
+
+
+async def snapshot_clock(db: AsyncSession) -> datetime:
+    """The latest time a snapshot may have now: the database's clock, or the floor's next tick where the clock was stepped back."""
+    time: datetime = (
+        await db.execute(text("SELECT greatest(clock_timestamp(), floor + interval '1 microsecond') FROM store.snapshot_floor"))
+    ).scalar_one()
+    return time
+
+
+async def _write_time(db: AsyncSession) -> datetime:
+    """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
+    await db.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot'))"))
+    return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
+
+
+async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_at: datetime) -> dict[RowId, FeatureRow]:
+    arrived = list(events.values())
+    inserted = await db.execute(
+        _INSERT,
+        {
+            "created_at": created_at,
+            "feature_sets": [event.feature_set for event in arrived],
+            "entity_ids": [event.entity_id for event in arrived],
+            "event_times": [event.event_time for event in arrived],
+            "reported_ats": [event.reported_at for event in arrived],
+            "event_ids": [event.event_id for event in arrived],
+            "vectors": [orjson.dumps(event.values).decode() for event in arrived],
+        },
+    )
+    stored = {}
+    for feature_set, event_time, event_id, seq in inserted:
+        event = events[feature_set, event_time, event_id]
+        reported_at = event.reported_at or created_at
+        stored[feature_set, event_time, event_id] = FeatureRow(
+            feature_set, event.entity_id, event_time, reported_at, created_at, seq, event_id, event.values
+        )
+    return stored
+
+
+async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, FeatureRow]:
+    feature_sets, event_times, event_ids = (list(column) for column in zip(*row_ids, strict=True))
+    found = await db.execute(_STORED, {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids})
+    return {(row.feature_set, row.event_time, row.event_id): FeatureRow(*row) for row in found}
+
+
+def _row_id(event: EventReceived) -> RowId:
+    return event.feature_set, event.event_time, event.event_id
+
+
+async def _floor_reaches(db: AsyncSession, snapshot_time: datetime) -> bool:
+    return bool((await db.execute(text("SELECT floor >= :time FROM store.snapshot_floor"), {"time": snapshot_time})).scalar_one())
+
+
+async def _gets_past_writers(db: AsyncSession) -> bool:
+    await db.execute(text(f"SET LOCAL lock_timeout = {PASSAGE_TIMEOUT_MS}"))
+    try:
+        await db.execute(text("SELECT pg_advisory_xact_lock(hashtext('mojomesh.snapshot'))"))
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
+            raise
+        await db.rollback()
+        return False
+    return True

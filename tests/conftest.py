@@ -1,0 +1,209 @@
+"""Real servers for every test: each starts once per run, and only when a test asks for it.
+
+Tests get a database, topics and a cache of their own on them. `MOJOMESH_TEST_STACK=containers` takes PostgreSQL, Redis and
+Kafka from containers instead of the embedded ones; the tests do not notice.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
+from aiokafka.protocol.group import LeaveGroupRequest
+from redis import Redis as RedisClient
+
+from mojomesh_chassis.topics import declared_topics, ensure_topics
+from mojomesh_local import ports
+from mojomesh_local.h2o import H2O
+from mojomesh_local.kafka import Kafka
+from mojomesh_local.migrating import migrate_tables
+from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
+from mojomesh_local.processes import Server
+from mojomesh_local.redis import Redis
+
+IN_CONTAINERS = os.environ.get("MOJOMESH_TEST_STACK") == "containers"
+TEMPLATE = "mesh_template"
+PASSWORD = "of-the-test-servers"
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class TestDatabase:
+    """A migrated database of one test's own; `url` is the service role's, `owner_url` the owner's."""
+
+    __test__ = False
+    url: str
+    owner_url: str
+
+
+@contextmanager
+def running(server: Server) -> Iterator[None]:
+    child = server.start()
+    try:
+        yield
+    finally:
+        child.stop()
+
+
+@pytest.fixture(scope="session")
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster(server_folder: Path) -> Iterator[Cluster]:
+    """PostgreSQL with the roles of the mesh; most tests want `postgres`, a database of their own."""
+    with ExitStack() as stack:
+        if IN_CONTAINERS:
+            from testcontainers.postgres import PostgresContainer
+
+            image = os.environ.get("MOJOMESH_TEST_POSTGRES_IMAGE", "pgvector/pgvector:pg18")
+            container = stack.enter_context(PostgresContainer(image, username="postgres", password=PASSWORD, dbname="postgres"))
+            cluster = Cluster(int(container.get_exposed_port(5432)), PASSWORD, container.get_container_host_ip())
+            cluster.settle()
+        else:
+            cluster = Cluster(ports.choose(1)[0], PASSWORD)
+            stack.enter_context(running(Postgres(server_folder / "postgres", cluster, server_folder / "postgres.log").server))
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+async def postgres_template(postgres_cluster: Cluster) -> str:
+    """The name of a migrated database that tests copy."""
+    postgres_cluster.create_database(TEMPLATE)
+    await migrate_tables([postgres_cluster.url(OWNER, TEMPLATE)])
+    return TEMPLATE
+
+
+@pytest.fixture
+def new_postgres(postgres_cluster: Cluster, postgres_template: str) -> Iterator[Callable[[], TestDatabase]]:
+    """Makes fresh migrated databases, for tests that need several (shards); all are dropped afterwards."""
+    made: list[str] = []
+
+    def make() -> TestDatabase:
+        name = f"test_{next(_numbers)}"
+        postgres_cluster.create_database(name, template=postgres_template)
+        made.append(name)
+        return TestDatabase(postgres_cluster.url(SERVICE, name), postgres_cluster.url(OWNER, name))
+
+    yield make
+    for name in made:
+        postgres_cluster.drop_database(name)
+
+
+@pytest.fixture
+def postgres(new_postgres: Callable[[], TestDatabase]) -> TestDatabase:
+    """A fresh migrated database of this test's own."""
+    return new_postgres()
+
+
+@pytest.fixture(scope="session")
+def redis_server(server_folder: Path) -> Iterator[str]:
+    with ExitStack() as stack:
+        if IN_CONTAINERS:
+            from testcontainers.redis import RedisContainer
+
+            container = stack.enter_context(RedisContainer(os.environ.get("MOJOMESH_TEST_REDIS_IMAGE", "redis:7-alpine")))
+            yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+        else:
+            redis = Redis(server_folder / "redis", ports.choose(1)[0], PASSWORD, server_folder / "redis.log")
+            stack.enter_context(running(redis.server))
+            yield redis.url
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """An empty Redis."""
+    with RedisClient.from_url(redis_server) as client:
+        client.flushall()
+    return redis_server
+
+
+@pytest.fixture(scope="session")
+def kafka_server(server_folder: Path) -> Iterator[str]:
+    with ExitStack() as stack:
+        if IN_CONTAINERS:
+            from testcontainers.kafka import KafkaContainer
+
+            image = os.environ.get("MOJOMESH_TEST_KAFKA_IMAGE", "confluentinc/cp-kafka:8.1.0")
+            container = KafkaContainer(image).with_kraft().with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")
+            yield stack.enter_context(container).get_bootstrap_server()
+        else:
+            kafka_port, controller_port = ports.choose(2)
+            kafka = Kafka(server_folder / "kafka", kafka_port, controller_port, server_folder / "kafka.log")
+            stack.enter_context(running(kafka.server))
+            yield kafka.bootstrap
+
+
+@pytest.fixture
+async def kafka(kafka_server: str) -> AsyncIterator[str]:
+    """Bootstrap servers of a Kafka with the topics of the mesh, all empty, and no consumer groups with members."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server)
+    await admin.start()
+    try:
+        await ensure_topics(kafka_server)
+        await _until_topics_are(admin, {topic.name for topic in declared_topics()})
+        yield kafka_server
+        await _expel_members(admin, kafka_server)
+        await admin.delete_topics([name for name in await admin.list_topics() if not name.startswith("__")])
+        await _until_topics_are(admin, set())
+    finally:
+        await admin.close()
+
+
+async def _until_topics_are(admin: AIOKafkaAdminClient, wanted: set[str]) -> None:
+    # The controller answers first, the broker learns of it a moment later: a topic is still listed after it was deleted.
+    while {name for name in await admin.list_topics() if not name.startswith("__")} != wanted:
+        await asyncio.sleep(0.02)
+
+
+async def _expel_members(admin: AIOKafkaAdminClient, bootstrap: str) -> None:
+    """Make consumers leave their groups: a static member stays in its group, and keeps its partitions, after it was closed."""
+    groups = [name for name, _ in await admin.list_consumer_groups()]
+    if not groups:
+        return
+    client = AIOKafkaClient(bootstrap_servers=bootstrap)
+    await client.bootstrap()
+    try:
+        for group, answer in zip(groups, await admin.describe_consumer_groups(groups), strict=True):
+            coordinator = await admin.find_coordinator(group)
+            for _, _, _, _, _, members, *_ in answer.groups:
+                for member_id, *_ in members:
+                    await client.send(coordinator, LeaveGroupRequest(group, member_id))
+    finally:
+        await client.close()
+
+
+@pytest.fixture(scope="session")
+def h2o_url(server_folder: Path) -> Iterator[str]:
+    """An H2O cluster of one node, shared by the run: name your frames and models, and remove them."""
+    h2o = H2O(server_folder / "h2o", ports.choose(2)[0], server_folder / "h2o.log")
+    with running(h2o.server):
+        yield h2o.url
+
+
+@pytest.fixture
+def mesh_env(tmp_path: Path) -> dict[str, str]:
+    """What every service needs to be told and no server is behind; add the servers that the test uses.
+
+    `IngestSettings(**mesh_env, MOJOMESH_KAFKA=kafka, MOJOMESH_POSTGRES=postgres.url)`
+    """
+    objects = tmp_path / "objects"
+    objects.mkdir()
+    nobody = "127.0.0.1:9"  # the discard port: what a test did not ask for must not answer
+    return {
+        "MOJOMESH_KAFKA": nobody,
+        "MOJOMESH_POSTGRES": f"postgresql://nobody@{nobody}/nothing",
+        "MOJOMESH_REDIS": f"redis://{nobody}/0",
+        "MOJOMESH_H2O": f"http://{nobody}",
+        "MOJOMESH_OBJECTS": objects.as_uri(),
+        "MOJOMESH_TOKEN": secrets.token_urlsafe(24),
+        "MOJOMESH_ENVIRONMENT": "development",
+    }

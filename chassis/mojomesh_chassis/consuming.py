@@ -10,9 +10,10 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import httpx
+import redis.exceptions as redis
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from faststream import AckPolicy
@@ -22,7 +23,8 @@ from opentelemetry import trace
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import ValidationError
 
-from mojomesh_chassis.errors import PermanentError, TransientError
+from mojomesh_chassis.dead_letters import dead_letter
+from mojomesh_chassis.errors import PermanentError, Rejected, TransientError, faults_of
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.publishing import Publisher
@@ -36,9 +38,13 @@ _LAG = Gauge("mojomesh_lag_records", "Records in assigned partitions that are no
 
 TRIES = 3  # of a batch that fails by a bug, before its bad record is looked for
 MAX_BACKOFF_S = 5.0
+OUTAGES = (ConnectionError, TimeoutError, httpx.TransportError, redis.ConnectionError, redis.TimeoutError)
+"""What libraries raise when a server does not answer: the event is not to blame, so its partition waits."""
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 Handler = Callable[..., Awaitable[Sequence[Event] | None]]
+Delivery = tuple[ConsumerRecord, Event]
+Refusal = tuple[ConsumerRecord, Exception]
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,15 @@ class Consumer:
     publisher: Publisher
     resources: dict[str, Any]
     kafka: AIOKafkaConsumer | None = None
-    _failures: int = 0
+    _failures: int = 0  # in a row, for whatever reason: how long to wait
+    _bugs: int = 0  # in a row, not by an outage: when to stop trying
     _handled: dict[TopicPartition, int] = field(default_factory=dict)
 
     async def consume(self, records: Sequence[ConsumerRecord]) -> None:
         """Handle records, publish what follows, commit; or leave the offsets where they are and read again later."""
         name = self.subscription.event.topic.name
-        contexts = [carried_trace(_text_headers(record)) for record in records]
-        parent = contexts[0] if len({context.span_id for context in contexts}) == 1 else None
-        within = trace.set_span_in_context(trace.NonRecordingSpan(parent)) if parent is not None and parent.is_valid else None
+        contexts = _causes(records)
+        within = trace.set_span_in_context(trace.NonRecordingSpan(contexts[0])) if len(contexts) == 1 else None
         with (
             _SECONDS.labels(name).time(),
             tracer.start_as_current_span(
@@ -107,21 +113,31 @@ class Consumer:
             ),
         ):
             try:
-                await self._deliver(await self._decoded(records))
+                decoded, bad = self._decoded(records)
+                bad += await self._deliver(decoded)
+                await self._bury(bad)  # last, so that an outage before it does not bury the same records at every try
             except TransientError as error:
                 await self._read_again(records, error, error.retry_after_s)
-            except _TryAgain as error:
-                await self._read_again(records, error.__cause__ or error, 0.1)
+            except Exception as error:  # noqa: BLE001  going on would commit past records that nobody handled
+                self._bugs += 1
+                await self._read_again(records, error, 0.1)
             else:
-                self._failures = 0
+                self._failures = self._bugs = 0
                 fault(f"{self.subscription.service}.after_publish")
                 await self._commit(records)
 
     async def caught_up(self) -> None:
-        """Wait until everything that is in the topic now has been handled."""
+        """Wait until everything that is in the topic now has been handled.
+
+        Raises:
+            TransientError: Kafka does not say what is in the topic.
+        """
         kafka = await self._assigned()
-        ends = await kafka.end_offsets(kafka.assignment())
-        begins = await kafka.beginning_offsets(list(ends))
+        try:
+            ends = await kafka.end_offsets(kafka.assignment())
+            begins = await kafka.beginning_offsets(list(ends))
+        except KafkaError as error:
+            raise TransientError(f"Kafka does not say how far {self.subscription.event.topic.name} goes: {error!r}") from error
         while any(self._handled.get(partition, begins[partition]) < end for partition, end in ends.items()):
             await asyncio.sleep(0.01)
 
@@ -130,66 +146,64 @@ class Consumer:
             await asyncio.sleep(0.01)
         return self.kafka
 
-    async def _decoded(self, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, Event]]:
-        decoded = []
+    def _decoded(self, records: Sequence[ConsumerRecord]) -> tuple[list[Delivery], list[Refusal]]:
+        decoded: list[Delivery] = []
+        bad: list[Refusal] = []
+        event = self.subscription.event
         for record in records:
+            value = record.value or b""
+            if len(value) > event.topic.max_bytes:  # it came compressed
+                bad.append((record, PermanentError(f"{len(value)} bytes; {event.topic.name} takes at most {event.topic.max_bytes}")))
+                continue
             try:
-                decoded.append((record, self.subscription.event.model_validate_json(record.value or b"")))
+                decoded.append((record, event.model_validate_json(value)))
             except ValidationError as error:
-                faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:5])
-                await self._bury(record, PermanentError(f"not a {self.subscription.event.__name__}: {faults}"))
-        return decoded
+                bad.append((record, PermanentError(f"not a {event.__name__}: {faults_of(error)}")))
+        return decoded, bad
 
-    async def _deliver(self, batch: list[tuple[ConsumerRecord, Event]]) -> None:
-        """Handle a batch; when it fails for good, halve it until the record at fault stands alone, and bury that one."""
+    async def _deliver(self, batch: list[Delivery]) -> list[Refusal]:
+        """Handle a batch; what cannot be handled for good is named by the handler, or stands alone when the batch has been halved."""
         if not batch:
-            return
+            return []
         try:
             await self._handle([event for _, event in batch])
         except TransientError:
             raise
+        except Rejected as error:
+            bad: list[Refusal] = [(batch[index][0], PermanentError(reason)) for index, reason in error.reasons.items()]
+            return bad + await self._deliver([delivery for index, delivery in enumerate(batch) if index not in error.reasons])
+        except OUTAGES as error:
+            raise TransientError(f"{type(error).__name__}: {error}") from error
         except Exception as error:  # a bug in a handler must not stop a partition
-            if not isinstance(error, PermanentError) and self._failures < TRIES - 1:
-                raise _TryAgain from error
+            if not isinstance(error, PermanentError) and self._bugs < TRIES - 1:
+                raise
             if len(batch) == 1:
-                await self._bury(batch[0][0], error)
-            else:
-                middle = len(batch) // 2
-                await self._deliver(batch[:middle])
-                await self._deliver(batch[middle:])
-        else:
-            _CONSUMED.labels(self.subscription.event.topic.name, "handled").inc(len(batch))
+                return [(batch[0][0], error)]
+            middle = len(batch) // 2
+            return await self._deliver(batch[:middle]) + await self._deliver(batch[middle:])
+        _CONSUMED.labels(self.subscription.event.topic.name, "handled").inc(len(batch))
+        return []
 
     async def _handle(self, events: list[Event]) -> None:
         following = await self.subscription.handler(events, **self.resources)
         fault(f"{self.subscription.service}.after_handler")
         await self.publisher.publish(following or [])
 
-    async def _bury(self, record: ConsumerRecord, error: Exception) -> None:
-        """Dead-letter a record with its bytes and headers as they came and the reason; broadcasts are only logged, by every replica."""
+    async def _bury(self, bad: list[Refusal]) -> None:
+        """Dead-letter records with their bytes and headers as they came and the reason; broadcasts are only logged, by every replica."""
         topic = self.subscription.event.topic
-        bug = not isinstance(error, PermanentError)
-        reason = f"{type(error).__name__}: {error}" if bug else str(error)
-        _CONSUMED.labels(topic.name, "dead_lettered").inc()
-        log.error(
-            "record_dead_lettered",
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-            reason=reason,
-            traceback="".join(traceback.format_exception(error)) if bug else None,
-        )
+        for record, error in bad:
+            log.error(
+                "record_dead_lettered",
+                topic=record.topic,
+                partition=record.partition,
+                offset=record.offset,
+                reason=_reason(error),
+                traceback=None if isinstance(error, PermanentError) else "".join(traceback.format_exception(error)),
+            )
         if not self.subscription.broadcast:
-            origin = {
-                "mojomesh-reason": reason,
-                "mojomesh-service": self.subscription.service,
-                "mojomesh-topic": record.topic,
-                "mojomesh-partition": str(record.partition),
-                "mojomesh-offset": str(record.offset),
-                "mojomesh-failed-at": datetime.now(UTC).isoformat(),
-            }
-            headers = [*record.headers, *((name, value.encode()) for name, value in origin.items())]
-            await self.publisher.send([(topic.dead_letters.name, record.key, record.value, headers)])
+            await self.publisher.send([dead_letter(record, self.subscription.service, _reason(error)) for record, error in bad])
+        _CONSUMED.labels(topic.name, "dead_lettered").inc(len(bad))
 
     async def _read_again(self, records: Sequence[ConsumerRecord], error: BaseException, wait_s: float) -> None:
         """Wait, longer each time, and rewind: the partitions wait and nothing is lost."""
@@ -220,10 +234,6 @@ class Consumer:
         for partition, offset in nexts.items():
             end = kafka.highwater(partition) if partition in kafka.assignment() else None
             _LAG.labels(partition.topic, partition.partition).set(max(0, (end or offset) - offset))
-
-
-class _TryAgain(Exception):
-    pass
 
 
 @asynccontextmanager
@@ -320,5 +330,13 @@ async def _undecoded(message: KafkaAckableMessage) -> Sequence[ConsumerRecord]:
 _NEVER_USED: Any = None  # offsets are committed by `Consumer`, not through the message
 
 
-def _text_headers(record: ConsumerRecord) -> dict[str, str]:
-    return {name: value.decode("utf-8", "replace") for name, value in record.headers if value is not None}
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, PermanentError) else f"{type(error).__name__}: {error}"
+
+
+def _causes(records: Sequence[ConsumerRecord]) -> list[trace.SpanContext]:
+    """The spans that caused the records, each once."""
+    # Reading a trace from headers costs as much as decoding an event, and most records of a batch share theirs.
+    distinct = {tuple(record.headers) for record in records}
+    contexts = [carried_trace({name: value.decode("utf-8", "replace") for name, value in headers if value}) for headers in distinct]
+    return list({context.span_id: context for context in contexts if context.is_valid}.values())

@@ -7,10 +7,32 @@ from pathlib import Path
 
 from alembic import command, context
 from alembic.config import Config
+from asyncpg import InterfaceError, PostgresError
 from sqlalchemy import Connection, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+from mojomesh_chassis.errors import TransientError
+
 APPLICATION_POOL = 10
+
+_ONLY_READS = "25006"
+# SQLSTATEs, by their beginnings, that say nothing about what was asked for: trying again later helps, perhaps after somebody acted.
+_OUTAGES = {
+    "08": "the connection was lost",
+    _ONLY_READS: "this server only reads; it is a standby",
+    "40": "another transaction was in the way",
+    "53": "the server is out of resources",
+    "55P03": "a lock was not to be had",
+    "57": "the server is starting, stopping or was told to cancel",
+    "58": "the server's system failed",
+    "28": "the server refused the login; see MOJOMESH_POSTGRES",
+    "3D000": "the database does not exist; see MOJOMESH_POSTGRES",
+    "3F000": "the schema does not exist; run `mojomesh migrate`",
+    "42P01": "a table does not exist; run `mojomesh migrate`",
+    "42501": "the role lacks a privilege; run `mojomesh migrate` as the owner",
+}
 
 
 class Database:
@@ -22,9 +44,20 @@ class Database:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A transaction: committed at the end, rolled back when the block raises."""
-        async with self._sessions() as session, session.begin():
-            yield session
+        """A transaction: committed at the end, rolled back when the block raises.
+
+        Raises:
+            TransientError: The server does not answer, is not ready for us, or undid the transaction for the sake of another.
+        """
+        try:
+            async with self._sessions() as session, session.begin():
+                yield session
+        except (DBAPIError, PostgresError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
+            if (reason := _not_the_statements_fault(error)) is None:
+                raise
+            if _sqlstate(error) == _ONLY_READS:
+                await self.engine.dispose()  # after a failover every pooled connection may lead to the old primary
+            raise TransientError(reason) from error
 
     async def ping(self) -> None:
         """Ask the server for nothing."""
@@ -72,6 +105,20 @@ def run_migrations(schema: str) -> None:
     context.configure(connection=connection, version_table_schema=schema)
     with context.begin_transaction():
         context.run_migrations()
+
+
+def _sqlstate(error: BaseException) -> str:
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
+
+
+def _not_the_statements_fault(error: Exception) -> str | None:
+    """Why the server, not the statement, is to blame; None when it is the statement."""
+    for beginning, reason in _OUTAGES.items():
+        if _sqlstate(error).startswith(beginning):
+            return f"PostgreSQL: {reason} ({error})"
+    if isinstance(error, OSError | TimeoutError | PoolTimeout) or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return f"PostgreSQL does not answer ({type(error).__name__}: {error})"
+    return None
 
 
 def _async_url(url: str) -> str:

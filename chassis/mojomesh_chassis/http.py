@@ -23,7 +23,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
 def mesh_app(service: str, settings: MeshSettings, health: Health, lifespan: Lifespan, *routers: APIRouter) -> FastAPI:
     """A service's application: its routers, `/health/live`, `/health/ready`, `/metrics`, and one answer for each kind of error.
 
-    An error is answered as `{"error": {"type", "message"}}`; a transient one carries Retry-After.
+    An error is answered as `{"error": {"type", "message"}}` and its details; a transient one carries Retry-After.
     """
     app = FastAPI(title=f"mojomesh {service}", lifespan=lifespan)
     app.state.settings = settings
@@ -64,9 +64,10 @@ async def require_token(request: Request, authorization: Annotated[str, Header()
 Protected = Depends(require_token)
 
 
-def error_body(error: Exception) -> dict[str, dict[str, str]]:
+def error_body(error: Exception) -> dict[str, dict[str, Any]]:
     """An error as every door answers it."""
-    return {"error": {"type": type(error).__name__, "message": str(error)}}
+    details = error.details if isinstance(error, MeshError) else {}
+    return {"error": {"type": type(error).__name__, "message": str(error), **details}}
 
 
 async def _answer_mesh_error(_: Request, error: Exception) -> JSONResponse:

@@ -1,22 +1,34 @@
 """Publishing events: idempotent, keyed by their contract, acknowledged by every in-sync replica."""
 
 import asyncio
+from collections import Counter as Tally
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaConnectionError, KafkaError, OutOfOrderSequenceNumber
+from aiokafka.errors import (
+    InvalidProducerEpoch,
+    KafkaConnectionError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    OutOfOrderSequenceNumber,
+    ProducerFenced,
+    UnknownProducerId,
+)
 from prometheus_client import Counter
 
-from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_chassis.telemetry import trace_headers
 from mojomesh_contracts.events import Event
 
 _PUBLISHED = Counter("mojomesh_events_published_total", "Events acknowledged by Kafka", ["topic"])
 
-Record = tuple[str, bytes | None, bytes | None, Sequence[tuple[str, bytes]]]
+Record = tuple[str, bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
 """Topic, key, value, headers."""
+
+MAX_REQUEST_BYTES = 8 * 2**20  # above every topic's max_bytes: Kafka decides what is too large, not this client
+_BROKEN_FOR_GOOD = (OutOfOrderSequenceNumber, UnknownProducerId, InvalidProducerEpoch, ProducerFenced)
 
 
 class Publisher:
@@ -32,31 +44,35 @@ class Publisher:
 
         Raises:
             TransientError: Kafka did not acknowledge all; some may be there, so publish all again.
+            PermanentError: An event is larger than its topic allows.
         """
         carried = [(name, value.encode()) for name, value in {**trace_headers(), **(headers or {})}.items()]
-        await self.send([(event.topic.name, event.partition_key.encode(), event.model_dump_json().encode(), carried) for event in events])
+        await self.send([(event.topic.name, event.partition_key.encode(), _value(event), carried) for event in events])
 
     async def send(self, records: Sequence[Record]) -> None:
         """The same for records as they are, as dead letters are.
 
         Raises:
             TransientError: Kafka did not acknowledge all.
+            PermanentError: A record is larger than its topic allows.
         """
         if not records:
             return
+        producer = await self._open()
         try:
-            producer = await self._open()
             # send() waits while its buffer is full, so memory is bounded.
             sent = [await producer.send(topic, value, key=key, headers=headers) for topic, key, value, headers in records]
             await asyncio.gather(*sent)
-        except OutOfOrderSequenceNumber as error:
-            # This producer's sequence is broken for good (aio-libs/aiokafka#1017); the next call opens another.
-            await self.close()
+        except _BROKEN_FOR_GOOD as error:
+            # The sequence of this producer cannot be mended (aio-libs/aiokafka#1017); the next call opens another.
+            await self._give_up(producer)
             raise TransientError(f"Kafka refused the sequence of records: {error!r}") from error
+        except MessageSizeTooLargeError as error:
+            raise PermanentError(f"too large for its topic: {error}") from error
         except KafkaError as error:
             raise TransientError(f"Kafka at {self._kafka} did not acknowledge: {error!r}") from error
-        for topic in {record[0] for record in records}:
-            _PUBLISHED.labels(topic).inc(sum(record[0] == topic for record in records))
+        for topic, n in Tally(record[0] for record in records).items():
+            _PUBLISHED.labels(topic).inc(n)
 
     async def ping(self) -> None:
         """Ask Kafka for its topics."""
@@ -64,8 +80,13 @@ class Publisher:
 
     async def close(self) -> None:
         """Send what is buffered and let go; a later call opens another producer."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
+        if (producer := self._producer) is not None:
+            await self._give_up(producer)
+
+    async def _give_up(self, producer: AIOKafkaProducer) -> None:
+        # Several calls may find the same producer broken; only the first must end it, and none the one opened since.
+        if producer == self._producer:
+            self._producer = None
             await producer.stop()
 
     async def _open(self) -> AIOKafkaProducer:
@@ -77,16 +98,23 @@ class Publisher:
                     enable_idempotence=True,
                     linger_ms=2,
                     max_batch_size=256 * 1024,
-                    max_request_size=4 * 1024 * 1024,
+                    max_request_size=MAX_REQUEST_BYTES,
                     compression_type="lz4",
                 )
                 try:
                     await producer.start()
-                except KafkaConnectionError:
+                except KafkaConnectionError as error:
                     await producer.stop()
-                    raise
+                    raise TransientError(f"nobody answers as Kafka at {self._kafka}: {error}") from error
                 self._producer = producer
             return self._producer
+
+
+def _value(event: Event) -> bytes:
+    value = event.model_dump_json().encode()
+    if len(value) > event.topic.max_bytes:
+        raise PermanentError(f"event {event.event_id} is {len(value)} bytes; {event.topic.name} takes at most {event.topic.max_bytes}")
+    return value
 
 
 @asynccontextmanager

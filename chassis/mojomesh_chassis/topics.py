@@ -41,5 +41,6 @@ async def ensure_topics(kafka: str, topics: Iterable[Topic] | None = None, repli
 
 
 def _new_topic(topic: Topic, replication_factor: int) -> NewTopic:
-    kept = {"cleanup.policy": "compact"} if topic.compacted else {"retention.ms": str(int(topic.retention.total_seconds() * 1000))}
-    return NewTopic(topic.name, topic.partitions, replication_factor, topic_configs=kept)
+    configs = {"cleanup.policy": "compact"} if topic.compacted else {"retention.ms": str(int(topic.retention.total_seconds() * 1000))}
+    configs["max.message.bytes"] = str(topic.max_bytes + 64 * 1024)  # key and headers count too
+    return NewTopic(topic.name, topic.partitions, replication_factor, topic_configs=configs)

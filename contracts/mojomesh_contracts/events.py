@@ -41,7 +41,7 @@ class Event(Frozen):
 class EventReceived(Event):
     """Something was true of an entity at a time. Produced by clients; read by ingest."""
 
-    topic: ClassVar[Topic] = Topic("events.received.v1", partitions=12)
+    topic: ClassVar[Topic] = Topic("events.received.v1", partitions=12, max_bytes=2**20)
     keyed_by: ClassVar[str] = "entity_id"
 
     feature_set: str = Field(min_length=1, max_length=63)
@@ -191,7 +191,7 @@ class ModelDeployed(Event):
 class ScoreRequested(Event):
     """Somebody wants a prediction on Kafka. Produced by clients; read by scorer."""
 
-    topic: ClassVar[Topic] = Topic("scores.requested.v1", partitions=12)
+    topic: ClassVar[Topic] = Topic("scores.requested.v1", partitions=12, max_bytes=2**20)
     keyed_by: ClassVar[str] = "model_entity"
 
     model: str

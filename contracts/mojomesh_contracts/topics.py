@@ -15,8 +15,9 @@ class Topic:
     partitions: int
     retention: timedelta = timedelta(days=7)
     compacted: bool = False
+    max_bytes: int = 4 * 2**20  # of a record's value; what clients write is held to less, so that what follows from it fits too
 
     @property
     def dead_letters(self) -> "Topic":
         """Where records go that no consumer of this topic could handle, bytes and headers as they came."""
-        return Topic(f"{self.name}.dlt", partitions=1, retention=timedelta(days=90))
+        return Topic(f"{self.name}.dlt", partitions=1, retention=timedelta(days=90), max_bytes=4 * 2**20)

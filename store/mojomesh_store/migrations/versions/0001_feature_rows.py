@@ -9,7 +9,9 @@ down_revision = None
 SERVICE_ROLE = """
 DO $$
 BEGIN
-    CREATE ROLE mojomesh_service NOLOGIN;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'mojomesh_service') THEN
+        CREATE ROLE mojomesh_service NOLOGIN;
+    END IF;
 EXCEPTION WHEN duplicate_object OR unique_violation THEN
     NULL;
 END

@@ -1,0 +1,33 @@
+"""The wiring of ingest."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+
+from mojomesh_chassis.consuming import consuming
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.health import Health
+from mojomesh_chassis.http import mesh_app
+from mojomesh_chassis.publishing import open_publisher
+from mojomesh_ingest import handlers, routes
+from mojomesh_ingest.settings import Settings
+from mojomesh_store.shards import open_feature_store
+
+
+def build(settings: Settings) -> FastAPI:
+    """The application, with its clients opened by its lifespan."""
+    health = Health()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, object]]:
+        async with AsyncExitStack() as stack:
+            definitions = Definitions()
+            feature_store = await stack.enter_async_context(open_feature_store(settings.postgres_urls))
+            health.add("postgres", feature_store.ping)
+            publisher = await stack.enter_async_context(open_publisher(settings))
+            consumers = consuming(handlers.router, settings, publisher, health, feature_store=feature_store, definitions=definitions)
+            await stack.enter_async_context(consumers)  # opened last, so closed first
+            yield {"definitions": definitions, "publisher": publisher}
+
+    return mesh_app("ingest", settings, health, lifespan, routes.router)

@@ -1,0 +1,86 @@
+"""Ingest over HTTP: the door for clients that do not speak Kafka."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.errors import PermanentError, faults_of
+from mojomesh_chassis.publishing import Publisher
+from mojomesh_contracts.events import EventReceived
+from mojomesh_ingest.errors import EventsRefused, Refusal, RequestTooLarge
+from mojomesh_ingest.validation import problem_of
+
+MAX_EVENTS = 5_000
+MAX_BODY_BYTES = 16 * 2**20
+
+router = APIRouter(prefix="/v1")
+
+
+class Accepted(BaseModel):
+    """Kafka has acknowledged the events; they will be stored, each once, however often they are sent."""
+
+    accepted: int
+
+
+_EVENT = EventReceived.model_json_schema()
+_MANY = {"type": "object", "required": ["events"], "properties": {"events": {"type": "array", "items": _EVENT, "maxItems": MAX_EVENTS}}}
+# Events are parsed one by one, so that each gets its own reason; FastAPI cannot know.
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"oneOf": [_EVENT, _MANY]}}}}}
+
+
+@router.post("/events", status_code=202, openapi_extra=_BODY)
+async def receive_events(request: Request) -> Accepted:
+    """Take in one event, or `{"events": [...]}`: all of them, or none and 422 with the reason for each that is wrong."""
+    definitions: Definitions = request.state.definitions
+    publisher: Publisher = request.state.publisher
+    sent = _sent(await _body(request))
+    events, refusals = _parsed(sent)
+    if any(event.feature_set not in definitions.feature_sets for event in events.values()):
+        await definitions.caught_up()
+    now = datetime.now(UTC)
+    for index, event in events.items():
+        if problem := problem_of(event, definitions.feature_sets.get(event.feature_set), now):
+            refusals.append(Refusal(index=index, event_id=str(event.event_id), reason=problem))
+    if refusals:
+        raise EventsRefused(sorted(refusals, key=lambda refusal: refusal.index), len(sent))
+    await publisher.publish(list(events.values()))
+    return Accepted(accepted=len(sent))
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestTooLarge(f"a request may bring {MAX_BODY_BYTES} bytes; send the events in several")
+    return bytes(body)
+
+
+def _sent(body: bytes) -> list[Any]:
+    """The events of a request as they came."""
+    try:
+        document = from_json(body)
+    except ValueError as error:
+        raise PermanentError(f"the body is not JSON: {error}") from None
+    sent = document["events"] if isinstance(document, dict) and "events" in document else [document]
+    if not isinstance(sent, list) or not sent:
+        raise PermanentError("'events' must be a list of at least one event")
+    if len(sent) > MAX_EVENTS:
+        raise RequestTooLarge(f"a request may bring {MAX_EVENTS} events, this one has {len(sent)}; send them in several")
+    return sent
+
+
+def _parsed(sent: list[Any]) -> tuple[dict[int, EventReceived], list[Refusal]]:
+    """The events by index, and why the others are none."""
+    events, refusals = {}, []
+    for index, item in enumerate(sent):
+        try:
+            events[index] = EventReceived.model_validate(item)
+        except ValidationError as error:
+            event_id = item.get("event_id") if isinstance(item, dict) else None
+            refusals.append(Refusal(index=index, event_id=None if event_id is None else str(event_id), reason=faults_of(error)))
+    return events, refusals

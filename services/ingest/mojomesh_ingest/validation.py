@@ -1,0 +1,30 @@
+"""Whether an event can become a feature row: one answer, in words, for the HTTP door and for Kafka."""
+
+from datetime import UTC, datetime, timedelta
+
+from mojomesh_contracts.definitions import FeatureSet
+from mojomesh_contracts.events import EventReceived
+
+EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)
+CLOCK_SKEW = timedelta(minutes=5)  # clients' clocks may be ahead of ours by this much
+_NUL = "\x00"
+
+
+def problem_of(event: EventReceived, feature_set: FeatureSet | None, now: datetime) -> str | None:
+    """Why `event` cannot be stored, every fault named; None if it can.
+
+    Args:
+        feature_set: What the event's `feature_set` names; None if nobody defined it.
+        now: Wall clock.
+    """
+    if feature_set is None:
+        return f"no feature set is named '{event.feature_set}'; apply its definition first"
+    found = feature_set.problems(event.values)
+    for name, time in (("event_time", event.event_time), ("reported_at", event.reported_at)):
+        if time is not None and not EARLIEST <= time <= now + CLOCK_SKEW:
+            found.append(f"{name} {time.isoformat()} is not between {EARLIEST.year} and now + {CLOCK_SKEW.seconds // 60} minutes")
+    # PostgreSQL keeps no NUL in a text.
+    found += [f"'{name}' contains a NUL character" for name, value in event.values.items() if isinstance(value, str) and _NUL in value]
+    if _NUL in event.entity_id:
+        found.append("entity_id contains a NUL character")
+    return "; ".join(found) or None

@@ -8,7 +8,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 from redis import Redis as RedisClient
@@ -207,7 +208,8 @@ class Records:
             committed: dict[TopicPartition, OffsetAndMetadata] = {}
             while any(end and (partition not in committed or committed[partition].offset < end) for partition, end in ends.items()):
                 await asyncio.sleep(0.02)
-                committed = await admin.list_consumer_group_offsets(group)
+                with suppress(GroupCoordinatorNotAvailableError):  # for a moment, when the first group of all is made
+                    committed = await admin.list_consumer_group_offsets(group)
         finally:
             await consumer.stop()
             await admin.close()

@@ -1,5 +1,7 @@
 """Running a service's application."""
 
+import signal
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -15,6 +17,8 @@ def serve(service: str, build: Callable[[AnySettings], FastAPI], settings_type: 
     settings = read_settings(settings_type)
     start_telemetry(service, settings)
     arm_faults(settings.fault)
+    # Having shut down in good order, uvicorn raises the signal again: without this the process would look killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         build(settings),
         host=settings.host,

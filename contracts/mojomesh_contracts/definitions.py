@@ -1,6 +1,7 @@
 """What users declare in YAML: feature sets and models."""
 
 import re
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Any, Literal
@@ -62,6 +63,8 @@ class Feature(Definition):
             return f"must be a number, is {value!r}"
         if value != value or value in (float("inf"), float("-inf")):
             return f"must be a finite number, is {value!r}; leave the feature out if it is missing"
+        if abs(value) > sys.float_info.max:
+            return "is an integer too large to be a number"
         if self.min is not None and value < self.min:
             return f"is {value!r}, less than the minimum {self.min:g}"
         if self.max is not None and value > self.max:

@@ -170,7 +170,7 @@ class Process:
         self._popen = Popen([sys.executable, *arguments], env={**os.environ, **env}, stdout=self._output, stderr=self._output)
 
     def wait_for_kill(self) -> None:
-        assert self._popen.wait(timeout=60) == -signal.SIGKILL
+        assert self._popen.wait(timeout=120) == -signal.SIGKILL
 
     def stop(self) -> int:
         """Ask it to end, and its exit status."""

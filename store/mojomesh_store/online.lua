@@ -18,6 +18,7 @@ end
 
 local function add_line(rows, line)
   local event, created, seq = line:match('^(%-?%d+)\t(%-?%d+)\t(%d+)\t')
+  if not event then return end
   local row = {event = tonumber(event), created = tonumber(created), seq = tonumber(seq), line = line}
   local known = rows[row.event]
   if not known or later(row, known) then rows[row.event] = row end
@@ -29,8 +30,9 @@ local function read(key, name, generation, rows)
   local digest, body = value:match('^(%x+)\n(.*)$')
   if not digest or redis.sha1hex(body) ~= digest then return nil end
   local head, lines = body:match('^([^\n]*)\n(.*)$')
+  if not head then return nil end
   local its_name, its_generation, complete_from, loaded_at, load_ms = head:match('^([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)$')
-  if its_name ~= name or its_generation ~= generation then return nil end
+  if its_name ~= name or its_generation ~= generation or not tonumber(complete_from) then return nil end
   for line in lines:gmatch('[^\n]+') do add_line(rows, line) end
   return {complete_from = tonumber(complete_from), loaded_at = loaded_at, load_ms = load_ms}
 end
@@ -65,7 +67,8 @@ for n = 2, #KEYS do
   local lines = {}
   for index, row in ipairs(ordered) do
     if index > kept then
-      if entry.complete_from < NOTHING_SURE then entry.complete_from = row.event + 1 end
+      -- Not one above the row left out: that one is the answer up to the next.
+      if entry.complete_from < NOTHING_SURE then entry.complete_from = ordered[kept].event end
       break
     end
     lines[index] = row.line .. '\n'

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
@@ -144,7 +144,12 @@ async def test_corrections_of_one_row_do_not_push_out_the_others(online: OnlineS
 Step = tuple[str, int]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes on a real server
+)
 @given(
     keys=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 2), st.integers(0, 2)), min_size=15, max_size=30, unique=True),
     steps=st.lists(

@@ -111,7 +111,7 @@ class _Building:
             db.execute(f"CREATE TABLE training AS {self._joined()}")
             self._check_labels(db)
             db.execute(f"COPY training TO '{self.parquet}' (FORMAT parquet, COMPRESSION zstd)")
-            return _digest(db.execute("FROM training").to_arrow_reader(_BATCH))
+            return _digest(db.sql("FROM training").to_arrow_reader(_BATCH))
 
     def _needed(self) -> dict[str, dict[str, str]]:
         """The features that must be read of each feature set, with their types in DuckDB."""

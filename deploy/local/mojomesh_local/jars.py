@@ -18,7 +18,7 @@ KAFKA_JARS = HERE / "jars" / "kafka"
 ECJ_JARS = HERE / "jars" / "ecj"
 ENDPOINTS = {
     "kafka": "org.apache.kafka:kafka_2.13:4.1.1+org.slf4j:slf4j-simple:1.7.36",
-    "genmodel": "ai.h2o:h2o-genmodel:3.46.0.11",
+    "genmodel": "ai.h2o:h2o-genmodel-ext-xgboost:3.46.0.11",
     "ecj": "org.eclipse.jdt:ecj:3.33.0",
 }
 BLOCK_SCORER = "block-scorer.jar"

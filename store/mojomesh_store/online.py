@@ -41,7 +41,7 @@ GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
-_NOTHING_SURE = 2**53
+_NEVER = b"0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -279,7 +279,9 @@ class OnlineStore:
         if name != _name(entity):
             log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
             return None
-        return None if old or window.complete_from == _NOTHING_SURE or its_generation.decode("utf-8", "replace") != generation else window
+        if old or loaded_at == _NEVER or its_generation.decode("utf-8", "replace") != generation:
+            return None
+        return window
 
     def _turn_to_load(self, loaded_at_ms: int, load_ms: float) -> bool:
         """Probabilistic early expiration: near its end a value is loaded anew by one reader or two, not by all at once.

@@ -72,7 +72,7 @@ async def append(append_all: AppendAll) -> Append:
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
+    async with open_redis(redis_url, timeout_s=10) as client:  # nothing here depends on its patience
         yield client
 
 
@@ -117,7 +117,7 @@ async def http(
     tmp_path: Path,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP door, without the consumers."""
-    settings = FeaturesSettings(**mesh_env, MOJOMESH_PUBLIC_KEY=str(tmp_path / "public.pem"))
+    settings = FeaturesSettings.model_validate(mesh_env | {"MOJOMESH_PUBLIC_KEY": str(tmp_path / "public.pem")})
     state = {
         "database": feature_store.shards[0],
         "feature_store": feature_store,

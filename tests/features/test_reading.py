@@ -166,7 +166,7 @@ async def make_trouble(url: str, child: Child, trouble: str) -> None:
             await redis.flushall()
         elif trouble in ("poisoned", "swapped"):
             keys = [key async for key in redis.scan_iter("mojomesh:online:1:flights:*")]
-            values = [value for value in await redis.mget(keys) if value is not None]
+            values = [value for value in await redis.mget(keys) if isinstance(value, bytes)]
             assert len(values) == len(keys) == 7
             rotated = values[1:] + values[:1]
             damaged = [value.replace(b'"distance":', b'"distance":1') for value in values]

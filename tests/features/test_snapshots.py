@@ -23,6 +23,7 @@ from mojomesh_features.errors import UnusableDefinition
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_features.vectors import plan_of
+from mojomesh_store import rows as store_rows
 from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
@@ -116,7 +117,7 @@ transactions = st.lists(st.lists(events, min_size=1, max_size=25), min_size=1, m
 
 
 # Shrinking would take minutes on real servers.
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 @given(history=transactions, cut=st.integers(0, 3))
 async def test_a_snapshot_is_its_definition_over_any_history(
     snapshots: Snapshots,
@@ -187,11 +188,9 @@ async def test_the_digest_is_of_rows_not_of_bytes(
 
 
 async def _append(store: FeatureStore, facts: Sequence[EventReceived]) -> None:
-    from mojomesh_store import rows
-
     for shard, part in store.split(facts):
         async with shard.begin() as db:
-            await rows.append(db, part)
+            await store_rows.append(db, part)
 
 
 async def test_training_sees_what_scoring_saw(

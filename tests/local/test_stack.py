@@ -255,18 +255,6 @@ def test_a_part_can_be_kept_down(state: StateFolder) -> None:
         assert client.ping()
 
 
-def test_everything_listens_on_the_loopback_address_only(state: StateFolder, started: Callable[..., "subprocess.Popen[bytes]"]) -> None:
-    listening = [
-        connection.laddr.ip
-        for child in family(started(*STORES, "h2o"))
-        for connection in child.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-
-    assert len(listening) >= 6
-    assert set(listening) == {"127.0.0.1"}
-
-
 def test_secrets_are_readable_by_their_user_only(state: StateFolder) -> None:
     with running_stack(state.path, ["redis"]):
         pass

@@ -115,7 +115,7 @@ def _until_judged(registry: httpx.Client, trainer: httpx.Client, model: str, eve
             if version is not None:
                 return version
             if run is not None and run["state"] == "failed":
-                raise TrainingFailed(f"run {run['run_id']} of {model} failed: {run.get('problem') or 'trainer gave no reason'}")
+                raise TrainingFailed(f"run {run['run_id']} of {model} failed: {run.get('reason') or 'trainer gave no reason'}")
             if run is not None:
                 shown.update(f"{model}: {_progress(run)}")
             time.sleep(POLL_S)

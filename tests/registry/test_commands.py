@@ -1,8 +1,8 @@
-"""The commands apply, train, models, promote and rollback against a registry in its own process."""
+"""The commands apply, train, models, promote and rollback against a registry at a port."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -39,8 +39,9 @@ class Commands:
 
 
 @pytest.fixture
-async def commands(killable: Any, process: Any, environment: dict[str, str]) -> AsyncIterator[Commands]:
-    yield Commands(environment | {"MOJOMESH_REGISTRY_URL": process.url, "MOJOMESH_TRAINER_URL": "http://127.0.0.1:9"})
+def commands(served: Any) -> Commands:
+    urls = {"MOJOMESH_REGISTRY_URL": str(served.http.base_url), "MOJOMESH_TRAINER_URL": "http://127.0.0.1:9"}
+    return Commands(served.environment | urls)
 
 
 @pytest.fixture
@@ -83,11 +84,11 @@ async def test_applying_tells_what_changed_and_models_shows_it(commands: Command
     assert "It has no version yet: mojomesh train delay --wait" in (await commands.run("models", "delay")).stdout
 
 
-async def test_versions_are_shown_promoted_and_rolled_back(commands: Commands, killable: Any) -> None:
-    await killable.offer(killable.make_bundle(auc=0.7))
-    await killable.version(1)
-    await killable.offer(killable.make_bundle(auc=0.5, against=(await killable.model())["champion"]))
-    await killable.version(2)
+async def test_versions_are_shown_promoted_and_rolled_back(commands: Commands, served: Any) -> None:
+    await served.offer(served.make_bundle(auc=0.7))
+    await served.version(1)
+    await served.offer(served.make_bundle(auc=0.5, against=(await served.model())["champion"]))
+    await served.version(2)
 
     shown = (await commands.run("models", "delay")).stdout
     refused = await commands.run("promote", "delay", "2")
@@ -105,24 +106,24 @@ async def test_versions_are_shown_promoted_and_rolled_back(commands: Commands, k
     assert back == {"model": "delay", "version": 1, "promotion": 3}
 
 
-async def test_training_without_waiting_returns_the_request(commands: Commands, killable: Any) -> None:
+async def test_training_without_waiting_returns_the_request(commands: Commands, served: Any) -> None:
     answer = await commands.json("train", "delay", "--reason", "spring", "--snapshot-time", "2013-05-01")
 
-    (event,) = await killable.heard(TrainingRequested, 1)
+    (event,) = await served.heard(TrainingRequested, 1)
     assert answer["event_id"] == str(event.event_id)
     assert (event.reason, event.snapshot_time.isoformat()) == ("spring", "2013-05-01T00:00:00+00:00")
 
 
 @pytest.mark.parametrize(("auc", "exit_code"), [(0.7, 0), (0.5, 1)])
 async def test_waiting_for_training_ends_with_the_verdict(
-    commands: Commands, killable: Any, trainer: Any, auc: float, exit_code: int
+    commands: Commands, served: Any, trainer: Any, auc: float, exit_code: int
 ) -> None:
     commands["MOJOMESH_TRAINER_URL"], runs = trainer
     command = asyncio.create_task(commands.run("train", "delay", "--wait"))
-    (event,) = await killable.heard(TrainingRequested, 1)
+    (event,) = await served.heard(TrainingRequested, 1)
     cause = Cause(kind="requested", event_id=event.event_id, reason=event.reason)
     runs.append({"run_id": str(uuid4()), "state": "training", "cause": cause.model_dump(mode="json"), "folds": [{}]})
-    await killable.offer(killable.make_bundle(auc=auc, cause=cause))
+    await served.offer(served.make_bundle(auc=auc, cause=cause))
 
     result = await command
 
@@ -135,10 +136,10 @@ async def test_waiting_for_training_ends_with_the_verdict(
         assert "Version 1 of delay is the champion: auc 0.7000" in text
 
 
-async def test_waiting_for_a_run_that_fails_gives_its_reason(commands: Commands, killable: Any, trainer: Any) -> None:
+async def test_waiting_for_a_run_that_fails_gives_its_reason(commands: Commands, served: Any, trainer: Any) -> None:
     commands["MOJOMESH_TRAINER_URL"], runs = trainer
     command = asyncio.create_task(commands.run("train", "delay", "--wait"))
-    (event,) = await killable.heard(TrainingRequested, 1)
+    (event,) = await served.heard(TrainingRequested, 1)
     runs.append({"run_id": "r1", "state": "failed", "reason": "no labels", "cause": {"event_id": str(event.event_id)}})
 
     result = await command

@@ -7,14 +7,14 @@ from uuid import uuid5
 
 from prometheus_client import Counter
 
-from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.events import Prediction, PredictionsMade
 from mojomesh_scorer.scoring import Scored
 
 BLOCK_S = 0.05  # a killed worker loses at most these receipts, and those that are on their way: 100 ms
-BLOCK_CELLS = 20_000  # inputs a record; keeps it well under Kafka's 1 MB
+BLOCK_CELLS, BLOCK_ROWS = 20_000, 1_000  # most of a record; keeps it well under what the topic takes
 MAX_WAITING = 100_000  # predictions whose receipts wait for Kafka; more are dropped, and counted
 DURABLE_S = 10.0
 CLOSE_S = 5.0
@@ -26,7 +26,7 @@ def blocks_of(scored: Sequence[Scored], replica: str) -> Iterator[PredictionsMad
     """The predictions as events, a block of one model version each; the id of a block follows from the ids in it."""
     for one in scored:
         predictions = _predictions(one)
-        size = max(1, BLOCK_CELLS // one.inputs.shape[1])
+        size = max(1, min(BLOCK_ROWS, BLOCK_CELLS // one.inputs.shape[1]))
         for start in range(0, len(predictions), size):
             block = predictions[start : start + size]
             yield PredictionsMade.model_construct(
@@ -113,9 +113,12 @@ class Receipts:
             except TransientError as error:
                 log.warning("receipts_wait", n=self._n_waiting, reason=str(error))
                 await asyncio.sleep(error.retry_after_s)
-            else:
-                self._n_waiting -= sum(len(one.rows) for one in self._leaving)
-                self._leaving = []
+                continue
+            except PermanentError as error:
+                log.error("receipts_dropped", reason=str(error))
+                _DROPPED.inc(sum(len(one.rows) for one in self._leaving))
+            self._n_waiting -= sum(len(one.rows) for one in self._leaving)
+            self._leaving = []
 
 
 @asynccontextmanager

@@ -1,0 +1,224 @@
+"""Bundles signed by a real key, a stand-in for the registry, and whole scorers as child processes."""
+
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import psutil
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mojomesh_chassis.bundles import publish_bundle, sign_bundle
+from mojomesh_chassis.objects import Objects
+from mojomesh_chassis.publishing import Publisher
+from mojomesh_contracts.bundles import (
+    BASELINE_FILE,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    MOJO_FILE,
+    SCHEMA_FILE,
+    Baseline,
+    BundleSchema,
+    Cause,
+    Golden,
+    GoldenRow,
+    Manifest,
+)
+from mojomesh_contracts.definitions import Algorithm, FeatureSource, Label, Model, WalkForward
+from mojomesh_contracts.events import Metrics, ModelPromoted
+from mojomesh_local import ports
+from mojomesh_local.processes import Child, Command, Server
+
+Row = dict[str, Any]
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model: its MOJO and schema in a folder, rows as clients send them, and H2O's own scores of them."""
+
+    folder: Path
+    schema: BundleSchema
+    rows: list[Row]
+    scores: list[list[float]]
+
+    def encode(self, row: Row) -> list[float | None]:
+        """The row as a MOJO takes it, made here anew, so that the scorer's own encoding is not checked against itself."""
+        cells: list[float | None] = []
+        for column in self.schema.columns:
+            value = row[column.name]
+            if column.levels is not None:
+                cells.append(float(column.levels.index(value)) if value in column.levels else None)
+            else:
+                cells.append(None if value is None else float(value))
+        return cells
+
+
+@dataclass(frozen=True)
+class Keys:
+    private: Path
+    public: Path
+
+
+def make_keys(folder: Path) -> Keys:
+    folder.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    keys = Keys(folder / "signing.pem", folder / "public.pem")
+    keys.private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    keys.public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return keys
+
+
+def read_trained(home: Path) -> Trained:
+    asked = json.loads((home / "asked.json").read_text())
+    return Trained(home, BundleSchema.model_validate_json((home / SCHEMA_FILE).read_bytes()), asked["rows"], asked["scores"])
+
+
+def make_manifest(model: str) -> Manifest:
+    now = datetime(2013, 6, 1, tzinfo=UTC)
+    day = timedelta(days=1)
+    metrics = Metrics(n_rows=1000, auc=0.7)
+    return Manifest(
+        model=model,
+        run_id=uuid4(),
+        cause=Cause(kind="requested", event_id=uuid4(), reason="a test wants it"),
+        definition=Model(
+            name=model,
+            spine="flights",
+            label=Label(feature_set="arrivals", column="late", type="binary"),
+            features=[FeatureSource(feature_set="flights")],
+            algorithm=Algorithm(name="gbm"),
+            walk_forward=WalkForward(n_windows=1, train="expanding", test=day, step=day),
+        ),
+        snapshot_time=now,
+        snapshot_digest="0" * 64,
+        snapshot_path="snapshots/none",
+        n_rows=3000,
+        train_from=now - 30 * day,
+        train_to=now,
+        folds=[],
+        metrics=metrics,
+        naive=metrics,
+        parity=0.0,
+        fold_runner="local",
+        algorithm="gbm",
+        params={},
+        seed=42,
+        pins={"h2o": "3.46.0.11"},
+        created_at=now,
+    )
+
+
+def write_bundle(folder: Path, trained: Trained, model: str, keys: Keys, golden: Golden | None = None) -> Path:
+    """A signed bundle of a trained model; `golden` replaces rows and scores as H2O gave them."""
+    folder.mkdir(parents=True)
+    (folder / MOJO_FILE).write_bytes((trained.folder / MOJO_FILE).read_bytes())
+    true = [GoldenRow(inputs=trained.encode(row), scores=scores) for row, scores in zip(trained.rows[:20], trained.scores, strict=False)]
+    (folder / SCHEMA_FILE).write_text(trained.schema.model_dump_json())
+    (folder / BASELINE_FILE).write_text(Baseline(window=1000, bins=[]).model_dump_json())
+    (folder / GOLDEN_FILE).write_text((golden or Golden(tolerance=TOLERANCE, rows=true)).model_dump_json())
+    (folder / MANIFEST_FILE).write_text(make_manifest(model).model_dump_json())
+    sign_bundle(folder, keys.private)
+    return folder
+
+
+@dataclass
+class Registry:
+    """Stands where the registry does: puts bundles into the object store and promotes them."""
+
+    objects: Objects
+    publisher: Publisher
+    keys: Keys
+    folder: Path
+    _promotions: dict[str, int] = field(default_factory=dict)
+
+    async def store(self, trained: Trained, model: str, golden: Golden | None = None) -> str:
+        """Store a bundle; returns its digest."""
+        return await publish_bundle(self.objects, write_bundle(self.folder / uuid4().hex, trained, model, self.keys, golden))
+
+    async def promote(self, model: str, version: int, digest: str, promotion: int | None = None) -> ModelPromoted:
+        """Announce a champion."""
+        if promotion is None:
+            promotion = self._promotions[model] = self._promotions.get(model, 0) + 1
+        event = ModelPromoted(
+            event_id=uuid4(),
+            model=model,
+            version=version,
+            bundle_digest=digest,
+            promotion=promotion,
+            promoted_at=datetime.now(UTC),
+            cause="hand",
+            caused_by=uuid4(),
+        )
+        await self.publisher.publish([event])
+        return event
+
+
+@dataclass
+class Scorer:
+    """A scorer as a child process, and clients of it."""
+
+    child: Child
+    http_port: int
+    grpc_port: int
+    http: httpx.AsyncClient
+    admin: httpx.AsyncClient
+    token: str
+
+    @property
+    def authorized(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    @property
+    def log(self) -> str:
+        return self.child.command.log.read_text()
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes, in no order."""
+        return [process for process in psutil.Process(self.child.pid).children() if "mojomesh_scorer.worker" in process.cmdline()]
+
+    async def score(self, model: str, values: Row, **more: Any) -> dict[str, Any]:
+        """One native prediction, which must succeed."""
+        reply = await self.http.post(f"/v1/models/{model}:score", json={"values": values, **more})
+        assert reply.status_code == 200, reply.text
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+
+StartScorer = Callable[..., Any]
+
+
+@asynccontextmanager
+async def running_scorer(env: dict[str, str], keys: Keys, folder: Path) -> AsyncIterator[Scorer]:
+    http_port, grpc_port, admin_port = ports.choose(3)
+    admin_url = f"http://127.0.0.1:{admin_port}"
+    own = {
+        "MOJOMESH_PUBLIC_KEY": str(keys.public),
+        "SCORER_PORT": str(http_port),
+        "SCORER_GRPC_PORT": str(grpc_port),
+        "SCORER_ADMIN_PORT": str(admin_port),
+    }
+    command = Command("scorer", [sys.executable, "-m", "mojomesh_scorer"], folder / f"scorer-{http_port}.log", env={**env, **own})
+    child = Server(command, (http_port, grpc_port, admin_port), ready=lambda: _ready(f"{admin_url}/health/ready"), within_s=120).start()
+    try:
+        async with (
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", timeout=30, trust_env=False) as http,
+            httpx.AsyncClient(base_url=admin_url, timeout=90, trust_env=False) as admin,
+        ):
+            yield Scorer(child, http_port, grpc_port, http, admin, env["MOJOMESH_TOKEN"])
+    finally:
+        child.stop()
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False

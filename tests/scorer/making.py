@@ -1,23 +1,35 @@
-"""Bundles signed by a real key, a stand-in for the registry, and whole scorers as child processes."""
+"""Bundles signed by a real key, stand-ins for registry and features, and whole scorers as child processes."""
 
+import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import httpx
+import numpy as np
 import psutil
+import tritonclient.grpc.aio as triton
+import uvicorn
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from tritonclient.utils import InferenceServerException
 
 from mojomesh_chassis.bundles import publish_bundle, sign_bundle
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.topics import declared_topics, ensure_topics
 from mojomesh_contracts.bundles import (
     BASELINE_FILE,
     GOLDEN_FILE,
@@ -32,7 +44,7 @@ from mojomesh_contracts.bundles import (
     Manifest,
 )
 from mojomesh_contracts.definitions import Algorithm, FeatureSource, Label, Model, WalkForward
-from mojomesh_contracts.events import Metrics, ModelPromoted
+from mojomesh_contracts.events import Event, Metrics, ModelPromoted, Prediction, PredictionsMade
 from mojomesh_local import ports
 from mojomesh_local.processes import Child, Command, Server
 
@@ -192,7 +204,7 @@ class Scorer:
         return answer
 
 
-StartScorer = Callable[..., Any]
+StartScorer = Callable[..., Awaitable[Scorer]]
 
 
 @asynccontextmanager
@@ -222,3 +234,175 @@ def _ready(url: str) -> bool:
         return httpx.get(url, timeout=2, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
+
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
+
+
+async def read_events(kafka: str, event: type[AnyEvent], enough: Callable[[list[AnyEvent]], bool]) -> list[AnyEvent]:
+    """All events of a topic from its beginning, until they are `enough`."""
+    return [
+        event.model_validate_json(record.value)
+        for record in await read_records(
+            kafka, event.topic.name, lambda records: enough([event.model_validate_json(record.value) for record in records])
+        )
+    ]
+
+
+async def read_records(kafka: str, topic: str, enough: Callable[[list[Any]], bool]) -> list[Any]:
+    """All records of a topic from its beginning, until they are `enough`."""
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        records: list[Any] = []
+        while not enough(records):
+            records.append(await consumer.getone())
+        return records
+    finally:
+        await consumer.stop()
+
+
+async def read_predictions(kafka: str, enough: Callable[[dict[str, Prediction]], bool]) -> dict[str, Prediction]:
+    """Receipts by prediction id, from the beginning, until they are `enough`."""
+
+    def by_id(blocks: list[PredictionsMade]) -> dict[str, Prediction]:
+        return {str(prediction.prediction_id): prediction for block in blocks for prediction in block.predictions}
+
+    return by_id(await read_events(kafka, PredictionsMade, lambda blocks: enough(by_id(blocks))))
+
+
+class Features:
+    """Stands where features does: answers look-ups from a dictionary, when `gate` lets it."""
+
+    def __init__(self) -> None:
+        self.vectors: dict[str, Row] = {}
+        self.asked: list[dict[str, Any]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def lookup(self, request: Request) -> JSONResponse:
+        body = await request.json()
+        self.asked.append(body)
+        await self.gate.wait()
+        return JSONResponse({"rows": [self._row(row) for row in body["rows"]]})
+
+    def _row(self, row: dict[str, str]) -> dict[str, Any]:
+        if (vector := self.vectors.get(row["entity_id"])) is None:
+            return {"error": "no row of 'flights'"}
+        key = {"feature_set": "flights", "entity_id": row["entity_id"], "event_time": ROW_TIME, "created_at": ROW_TIME, "seq": 7}
+        return {"values": vector, "used": [key], "ages_ms": {"flights": 1500}}
+
+
+ROW_TIME = "2013-05-01T12:00:00Z"
+
+
+@asynccontextmanager
+async def serving_features(port: int) -> AsyncIterator[Features]:
+    features = Features()
+    app = Starlette(routes=[Route("/v1/features:lookup", features.lookup, methods=["POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off", ws="none"))
+    serving = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield features
+    server.should_exit = True
+    await serving
+
+
+@asynccontextmanager
+async def with_topics(bootstrap: str) -> AsyncIterator[None]:
+    """The topics of the mesh, for a fixture that outlives one test; gone at the end."""
+    await ensure_topics(bootstrap)
+    yield
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    await admin.delete_topics([topic.name for topic in declared_topics()])
+    while any(not name.startswith("__") for name in await admin.list_topics()):
+        await asyncio.sleep(0.02)
+    await admin.close()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One prediction as a client got it; `number` counts requests in the order in which they were begun."""
+
+    number: int
+    door: str
+    row: int
+    version: int
+    score: float
+    prediction_id: str
+
+
+class Load:
+    """Clients that ask without a pause, and the log they keep; each request that fails is one more in `failures`."""
+
+    ROWS = 100
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.replies: list[Reply] = []
+        self.failures: list[str] = []
+
+    async def at_least(self, n: int) -> None:
+        """Wait for so many more replies."""
+        wanted = len(self.replies) + n
+        while len(self.replies) < wanted:
+            await asyncio.sleep(0.01)
+
+    def begin(self) -> int:
+        self.begun += 1
+        return self.begun
+
+
+@asynccontextmanager
+async def under_load(scorer: Scorer, model: str, rows: Sequence[Row]) -> AsyncIterator[Load]:
+    """Three clients over HTTP, each reply over a connection that stays, and one over gRPC."""
+    load = Load()
+    clients = [asyncio.create_task(_ask_http(load, scorer, model, rows)) for _ in range(3)]
+    clients.append(asyncio.create_task(_ask_grpc(load, scorer, model, rows)))
+    try:
+        yield load
+        ended = [client for client in clients if client.done()]
+        assert not ended, ended
+    finally:
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+
+async def _ask_http(load: Load, scorer: Scorer, model: str, rows: Sequence[Row]) -> None:
+    async with httpx.AsyncClient(base_url=scorer.http.base_url, timeout=30, trust_env=False) as client:
+        while True:
+            number = load.begin()
+            row = number % Load.ROWS
+            try:
+                reply = await client.post(f"/v1/models/{model}:score", json={"values": rows[row]})
+                answer = reply.raise_for_status().json()
+            except httpx.HTTPError as error:
+                load.failures.append(repr(error))
+                await asyncio.sleep(0.05)
+            else:
+                load.replies.append(Reply(number, "http", row, answer["version"], answer["score"], answer["prediction_id"]))
+
+
+async def _ask_grpc(load: Load, scorer: Scorer, model: str, rows: Sequence[Row]) -> None:
+    async with triton.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
+        while True:
+            number = load.begin()
+            row = number % Load.ROWS
+            try:
+                result = await client.infer(model, [_tensor(name, value) for name, value in rows[row].items()])
+            except InferenceServerException as error:
+                load.failures.append(repr(error))
+                await asyncio.sleep(0.05)
+            else:
+                version, score = int(result.get_response().model_version), float(result.as_numpy("score")[0])
+                load.replies.append(Reply(number, "grpc", row, version, score, result.as_numpy("prediction_id")[0].decode()))
+
+
+def _tensor(name: str, value: Any) -> Any:
+    text = name in ("carrier", "origin")
+    tensor = triton.InferInput(name, [1], "BYTES" if text else "FP64")
+    tensor.set_data_from_numpy(np.array([value or ""], dtype=np.object_) if text else np.array([value], dtype=np.float64))
+    return tensor

@@ -193,8 +193,9 @@ class Scorer:
         return self.child.command.log.read_text()
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes, in no order."""
-        return [process for process in psutil.Process(self.child.pid).children() if "mojomesh_scorer.worker" in process.cmdline()]
+        """The worker processes that live, in no order."""
+        children = [child for child in psutil.Process(self.child.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if "mojomesh_scorer.worker" in child.cmdline()]
 
     async def score(self, model: str, values: Row, **more: Any) -> dict[str, Any]:
         """One native prediction, which must succeed."""

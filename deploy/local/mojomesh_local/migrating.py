@@ -1,5 +1,7 @@
 """The one step that changes what outlives the processes: topics and tables. Run by `mojomesh migrate`, never by a service."""
 
+import asyncio
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,3 +31,7 @@ async def migrate_mesh(kafka: str, owner_urls: Sequence[str]) -> None:
 def _owns_tables(package: str) -> bool:
     spec = find_spec(package)
     return spec is not None and spec.origin is not None and (Path(spec.origin).parent / "migrations" / "env.py").exists()
+
+
+if __name__ == "__main__":
+    asyncio.run(migrate_mesh(os.environ["MOJOMESH_KAFKA"], os.environ["MOJOMESH_POSTGRES_OWNER"].split(",")))

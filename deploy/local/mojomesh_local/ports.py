@@ -1,7 +1,11 @@
 """Free ports on the loopback address."""
 
+import http.client
 import random
 import socket
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
 
 import psutil
 
@@ -30,18 +34,29 @@ def answers(port: int, host: str = LOOPBACK) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def choose(count: int) -> list[int]:
-    """So many ports in a row, all free now (H2O wants two neighbours).
+def says_ok(url: str) -> bool:
+    """Whether a GET of it is answered by 200."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of the loopback address
+    try:
+        with opener.open(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
+        return False
+
+
+def choose(count: int = 1, beside: Sequence[tuple[int, int]] = ()) -> int:
+    """The first of `count` neighbouring ports, all free now, none within the rows `beside` (first port and count).
 
     Raises:
         PortTaken: There is no such row.
     """
+    promised = {first + step for first, length in beside for step in range(length)}
     firsts = list(range(LOWEST, HIGHEST, count))
     random.shuffle(firsts)
     for first in firsts:
-        row = list(range(first, first + count))
-        if all(is_free(port) for port in row):
-            return row
+        row = range(first, first + count)
+        if promised.isdisjoint(row) and all(is_free(port) for port in row):
+            return first
     raise PortTaken(f"No {count} free ports in a row between {LOWEST} and {HIGHEST} on {LOOPBACK}.")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import StartFailed
 from .ports import LOOPBACK
-from .processes import Command, Server
+from .processes import Command, Server, run_to_end
 
 DATABASE = "mojomesh"
 SUPERUSER, OWNER, SERVICE = "postgres", "mojomesh", "mojomesh_service"
@@ -43,10 +43,10 @@ class Cluster:
         return self._psql("select 1", "template1").returncode == 0
 
     def settle(self) -> None:
-        """Make the roles and the database where they are missing."""
-        for role in (OWNER, SERVICE):
+        """Make the roles and the database where they are missing. Migrations may make roles of their own."""
+        for role, rights in {OWNER: "LOGIN CREATEROLE", SERVICE: "LOGIN"}.items():
             if not self.execute(f"select 1 from pg_roles where rolname = '{role}'"):
-                self.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{self.password}'")
+                self.execute(f"CREATE ROLE {role} {rights} PASSWORD '{self.password}'")
         self.create_database(DATABASE)
 
     def create_database(self, name: str, template: str = "template1") -> None:
@@ -75,8 +75,7 @@ class Cluster:
         argv = [str(_binary("psql")), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
         argv += ["-h", self.host, "-p", str(self.port), "-U", SUPERUSER, "-d", database]
         # The password travels in the environment, where only this user may see it.
-        env = {**os.environ, "PGPASSWORD": self.password, "PGCONNECT_TIMEOUT": "5"}
-        return subprocess.run(argv, input=sql, env=env, capture_output=True, text=True, check=False)
+        return run_to_end(argv, sql, {"PGPASSWORD": self.password, "PGCONNECT_TIMEOUT": "5"})
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Postgres:
             os.chown(unfinished, nobody.pw_uid, nobody.pw_gid)
         argv = [*_as_ordinary_user(), str(_binary("initdb")), "-D", str(unfinished), "-U", SUPERUSER, "--pwfile=/dev/stdin"]
         argv += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
-        made = subprocess.run(argv, input=self.cluster.password + "\n", capture_output=True, text=True, check=False)
+        made = run_to_end(argv, self.cluster.password + "\n")
         if made.returncode:
             raise StartFailed(f"initdb could not make a PostgreSQL cluster in {self.folder}:\n{made.stderr}")
         unfinished.rename(self.folder)

@@ -119,10 +119,24 @@ def start(command: Command) -> Child:
             env={**os.environ, **command.env},
             cwd=command.folder,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     _guard.remember(process.pid)
     return Child(command, process, started=psutil.Process(process.pid).create_time())
+
+
+def run_to_end(argv: list[str], text: str = "", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a helper to its end, `text` on its standard input; it dies with this process, but not of a Ctrl-C meant for it."""
+    return subprocess.run(
+        argv,
+        input=text,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
 
 
 def wait_until_ready(child: Child, ready: Callable[[], bool], within_s: float) -> None:
@@ -135,10 +149,10 @@ def wait_until_ready(child: Child, ready: Callable[[], bool], within_s: float) -
     give_up = time.monotonic() + within_s
     while not ready():
         if not child.running:
-            raise StartFailed(f"{name} ended with status {child.reap()} while starting.\n{_last_words(child)}")
+            raise StartFailed(f"{name} ended with status {child.reap()} while starting.\n{last_words(child)}")
         if time.monotonic() > give_up:
             child.stop(patience_s=2)
-            raise StartFailed(f"{name} was not ready after {within_s:.0f} s, so it was stopped.\n{_last_words(child)}")
+            raise StartFailed(f"{name} was not ready after {within_s:.0f} s, so it was stopped.\n{last_words(child)}")
         time.sleep(0.05)
 
 
@@ -161,11 +175,13 @@ def kill_leftover(pid: int, started: float) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Between fork and exec: have Linux kill this process when the thread that started it ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _last_words(child: Child) -> str:
+def last_words(child: Child) -> str:
+    """The end of its log, and where the rest is: for an error message."""
     lines = child.command.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     return "\n".join([*(f"  | {line}" for line in lines), f"Its whole log: {child.command.log}"])
 

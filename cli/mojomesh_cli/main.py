@@ -1,0 +1,34 @@
+"""The `mojomesh` command. Each family of commands is a module of plain functions; here they get their names."""
+
+import sys
+
+import typer
+
+from mojomesh_chassis.errors import MeshError
+from mojomesh_cli import stack
+from mojomesh_cli.console import complain
+from mojomesh_local.errors import LocalError
+
+app = typer.Typer(
+    name="mojomesh",
+    help="Turn a stream of events into live predictions, and keep the model behind them honest.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for command in (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate):
+    app.command(rich_help_panel="The mesh on this machine")(command)
+
+
+def main() -> None:
+    """Run a command; what a person can act on is told in one line and no traceback."""
+    try:
+        app()
+    except (MeshError, LocalError) as error:
+        complain(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

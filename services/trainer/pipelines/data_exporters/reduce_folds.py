@@ -1,0 +1,13 @@
+"""The reduce: the pipeline run succeeds only when every fold has its result."""
+
+from mage_ai.data_preparation.decorators import data_exporter
+from mojomesh_trainer.training import TrainingTask
+
+
+@data_exporter
+def reduce_folds(trained: list[dict[str, object]], *args: object, **kwargs: object) -> None:
+    """Fail, naming the folds, when some are absent."""
+    task = TrainingTask.model_validate_json(str(kwargs["task"]))
+    absent = {plan.fold for plan in task.plans} - {fold["fold"] for fold in trained}
+    if absent:
+        raise ValueError(f"folds {sorted(absent)} have no result")

@@ -210,16 +210,20 @@ StartScorer = Callable[..., Awaitable[Scorer]]
 
 @asynccontextmanager
 async def running_scorer(env: dict[str, str], keys: Keys, folder: Path) -> AsyncIterator[Scorer]:
-    http_port, grpc_port, admin_port = ports.choose(3)
+    http_port = ports.choose(3)
+    grpc_port, admin_port = http_port + 1, http_port + 2
     admin_url = f"http://127.0.0.1:{admin_port}"
     own = {
         "MOJOMESH_PUBLIC_KEY": str(keys.public),
+        "SCORER_FOLDER": str(folder / f"scorer-{http_port}"),
         "SCORER_PORT": str(http_port),
         "SCORER_GRPC_PORT": str(grpc_port),
         "SCORER_ADMIN_PORT": str(admin_port),
     }
     command = Command("scorer", [sys.executable, "-m", "mojomesh_scorer"], folder / f"scorer-{http_port}.log", env={**env, **own})
-    child = Server(command, (http_port, grpc_port, admin_port), ready=lambda: _ready(f"{admin_url}/health/ready"), within_s=120).start()
+    child = Server(
+        command, (http_port, grpc_port, admin_port), ready=lambda: ports.says_ok(f"{admin_url}/health/ready"), within_s=120
+    ).start()
     try:
         async with (
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", timeout=30, trust_env=False) as http,
@@ -228,13 +232,6 @@ async def running_scorer(env: dict[str, str], keys: Keys, folder: Path) -> Async
             yield Scorer(child, http_port, grpc_port, http, admin, env["MOJOMESH_TOKEN"])
     finally:
         child.stop()
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)

@@ -52,7 +52,7 @@ class Mesh:
 @pytest.fixture(scope="module")
 async def mesh(kafka_server: str, models: dict[str, Trained], keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
     folder = tmp_path_factory.mktemp("doors")
-    features_port = ports.choose(1)[0]
+    features_port = ports.choose()
     env = {
         "MOJOMESH_KAFKA": kafka_server,
         "MOJOMESH_POSTGRES": "postgresql://nobody@127.0.0.1:9/nothing",

@@ -74,7 +74,7 @@ async def test_workers_die_with_a_killed_supervisor(start_scorer: StartScorer, r
 
     while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
         await asyncio.sleep(0.02)
-    with pytest.raises(httpx.ConnectError):
+    with pytest.raises(httpx.TransportError):
         await scorer.http.get("/v2/health/live")
 
 

@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import uuid5
 
+from opentelemetry import trace
 from prometheus_client import Counter
 
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.publishing import Publisher
-from mojomesh_chassis.telemetry import log
+from mojomesh_chassis.telemetry import links, log, tracer
 from mojomesh_contracts.events import Prediction, PredictionsMade
 from mojomesh_scorer.scoring import Scored
 
@@ -56,14 +57,17 @@ def _predictions(scored: Scored) -> list[Prediction]:
     ]
 
 
+_Kept = tuple[Scored, trace.SpanContext]
+
+
 class Receipts:
     """Gathers predictions and publishes them in blocks."""
 
     def __init__(self, publisher: Publisher, replica: str) -> None:
         self._publisher = publisher
         self._replica = replica
-        self._waiting: list[Scored] = []
-        self._leaving: list[Scored] = []
+        self._waiting: list[_Kept] = []
+        self._leaving: list[_Kept] = []
         self._n_waiting = 0
         self._any = asyncio.Event()
 
@@ -73,7 +77,7 @@ class Receipts:
             _DROPPED.inc(len(scored.rows))
             return
         self._n_waiting += len(scored.rows)
-        self._waiting.append(scored)
+        self._waiting.append((scored, trace.get_current_span().get_span_context()))
         self._any.set()
 
     async def save(self, scored: Scored) -> None:
@@ -109,15 +113,16 @@ class Receipts:
         self._leaving, self._waiting = self._leaving + self._waiting, []
         while self._leaving:
             try:
-                await self._publisher.publish(list(blocks_of(self._leaving, self._replica)))
+                with tracer.start_as_current_span("scorer receipts", links=links(context for _, context in self._leaving)):
+                    await self._publisher.publish(list(blocks_of([scored for scored, _ in self._leaving], self._replica)))
             except TransientError as error:
                 log.warning("receipts_wait", n=self._n_waiting, reason=str(error))
                 await asyncio.sleep(error.retry_after_s)
                 continue
             except PermanentError as error:
                 log.error("receipts_dropped", reason=str(error))
-                _DROPPED.inc(sum(len(one.rows) for one in self._leaving))
-            self._n_waiting -= sum(len(one.rows) for one in self._leaving)
+                _DROPPED.inc(sum(len(scored.rows) for scored, _ in self._leaving))
+            self._n_waiting -= sum(len(scored.rows) for scored, _ in self._leaving)
             self._leaving = []
 
 

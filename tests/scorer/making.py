@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -237,36 +237,33 @@ async def running_scorer(env: dict[str, str], keys: Keys, folder: Path) -> Async
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 
-async def read_events(kafka: str, event: type[AnyEvent], enough: Callable[[list[AnyEvent]], bool]) -> list[AnyEvent]:
-    """All events of a topic from its beginning, until they are `enough`."""
-    return [
-        event.model_validate_json(record.value)
-        for record in await read_records(
-            kafka, event.topic.name, lambda records: enough([event.model_validate_json(record.value) for record in records])
-        )
-    ]
-
-
-async def read_records(kafka: str, topic: str, enough: Callable[[list[Any]], bool]) -> list[Any]:
-    """All records of a topic from its beginning, until they are `enough`."""
+@asynccontextmanager
+async def records_of(kafka: str, topic: str) -> AsyncIterator[AIOKafkaConsumer]:
+    """The records of a topic, from its beginning and for ever."""
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=kafka, auto_offset_reset="earliest")
     await consumer.start()
     try:
-        records: list[Any] = []
-        while not enough(records):
-            records.append(await consumer.getone())
-        return records
+        yield consumer
     finally:
         await consumer.stop()
 
 
-async def read_predictions(kafka: str, enough: Callable[[dict[str, Prediction]], bool]) -> dict[str, Prediction]:
-    """Receipts by prediction id, from the beginning, until they are `enough`."""
+async def read_events(kafka: str, event: type[AnyEvent], n: int) -> list[AnyEvent]:
+    """The first `n` events of a topic, once they are there."""
+    async with records_of(kafka, event.topic.name) as records:
+        return [event.model_validate_json((await records.getone()).value) for _ in range(n)]
 
-    def by_id(blocks: list[PredictionsMade]) -> dict[str, Prediction]:
-        return {str(prediction.prediction_id): prediction for block in blocks for prediction in block.predictions}
 
-    return by_id(await read_events(kafka, PredictionsMade, lambda blocks: enough(by_id(blocks))))
+async def read_predictions(kafka: str, wanted: Iterable[str]) -> dict[str, Prediction]:
+    """Receipts by prediction id: all from the beginning, until those wanted are among them."""
+    found: dict[str, Prediction] = {}
+    missing = set(wanted)
+    async with records_of(kafka, PredictionsMade.topic.name) as records:
+        while missing:
+            block = PredictionsMade.model_validate_json((await records.getone()).value)
+            found |= {str(prediction.prediction_id): prediction for prediction in block.predictions}
+            missing -= found.keys()
+    return found
 
 
 class Features:

@@ -31,7 +31,7 @@ from tests.scorer.making import (
     Scorer,
     Trained,
     read_predictions,
-    read_records,
+    records_of,
     running_scorer,
     serving_features,
     with_topics,
@@ -177,7 +177,7 @@ async def test_an_entity_is_scored_by_its_features_and_the_receipt_names_their_r
     assert abs(answer["score"] - trained.scores[3][1]) <= 1e-6
     assert answer["feature_age_ms"] == {"flights": 1500}
     assert mesh.features.asked[-1] == {"model": "binomial", "rows": [{"entity_id": "UA1545", "event_time": "2013-05-01T12:30:00+00:00"}]}
-    receipt = (await read_predictions(mesh.kafka, lambda known: answer["prediction_id"] in known))[answer["prediction_id"]]
+    receipt = (await read_predictions(mesh.kafka, [answer["prediction_id"]]))[answer["prediction_id"]]
     assert receipt.entity_id == "UA1545"
     assert receipt.inputs == trained.encode(trained.rows[3])
     assert receipt.scores == [answer["scores"]["0"], answer["scores"]["1"]]
@@ -187,12 +187,12 @@ async def test_an_entity_is_scored_by_its_features_and_the_receipt_names_their_r
 async def test_every_prediction_gets_a_receipt_without_being_asked_for(mesh: Mesh, models: dict[str, Trained]) -> None:
     ids = {(await mesh.scorer.score("binomial", row))["prediction_id"] for row in models["binomial"].rows[:30]}
 
-    await read_predictions(mesh.kafka, lambda known: ids <= known.keys())
+    await read_predictions(mesh.kafka, ids)
 
 
 async def test_a_prediction_is_replayed_bit_for_bit(mesh: Mesh, models: dict[str, Trained]) -> None:
     answer = await mesh.scorer.score("multinomial", models["multinomial"].rows[0])
-    receipt = (await read_predictions(mesh.kafka, lambda known: answer["prediction_id"] in known))[answer["prediction_id"]]
+    receipt = (await read_predictions(mesh.kafka, [answer["prediction_id"]]))[answer["prediction_id"]]
     body = {"bundle_digest": answer["bundle_digest"], "inputs": receipt.inputs}
 
     reply = await mesh.scorer.admin.post("/admin/replay", json=body, headers=mesh.scorer.authorized)
@@ -215,7 +215,7 @@ async def test_requests_on_kafka_are_answered_once_however_often_they_come(mesh:
     await mesh.publisher.publish(requests)
 
     wanted = {str(request.derive_id("prediction")) for request in requests}
-    known = await read_predictions(mesh.kafka, lambda known: wanted <= known.keys())
+    known = await read_predictions(mesh.kafka, wanted)
     answered = {receipt.request_id: receipt for receipt in known.values() if receipt.request_id}
     assert {request.event_id for request in requests} <= answered.keys()
     for request, scores in zip(requests, models["binomial"].scores, strict=False):
@@ -229,10 +229,11 @@ async def test_a_bad_request_on_kafka_is_dead_lettered_alone(mesh: Mesh, models:
     await mesh.publisher.publish([*good[:5], bad, *good[5:]])
 
     wanted = {str(request.derive_id("prediction")) for request in good}
-    await read_predictions(mesh.kafka, lambda known: wanted <= known.keys())
-    letters = await read_records(mesh.kafka, ScoreRequested.topic.dead_letters.name, bool)
-    assert json.loads(letters[0].value)["event_id"] == str(bad.event_id)
-    assert b"no column 'carier'" in dict(letters[0].headers)["mojomesh-reason"]
+    await read_predictions(mesh.kafka, wanted)
+    async with records_of(mesh.kafka, ScoreRequested.topic.dead_letters.name) as letters:
+        letter = await letters.getone()
+    assert json.loads(letter.value)["event_id"] == str(bad.event_id)
+    assert b"no column 'carier'" in dict(letter.headers)["mojomesh-reason"]
 
 
 @pytest.fixture

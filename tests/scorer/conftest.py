@@ -20,7 +20,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, h2o_url: str) -> dict[str, Trained]:
-    """Four models trained on the same rows; `reversed` is `binomial` with the classes exchanged, so their scores differ visibly."""
+    """Models trained on the same rows; `reversed` is `binomial` with the classes exchanged, so their scores differ visibly."""
     folder = tmp_path_factory.mktemp("models")
     script = Path(__file__).with_name("train_models.py")
     subprocess.run([sys.executable, str(script), h2o_url, str(folder)], check=True, capture_output=True, text=True)

@@ -40,7 +40,7 @@ from tests.scorer.making import (
 
 @dataclass
 class Mesh:
-    """A scorer with four champions, and all around it."""
+    """A scorer with a champion of each model, and all around it."""
 
     scorer: Scorer
     features: Features
@@ -97,7 +97,7 @@ def triton_inputs(client: Any, trained: Trained, n_rows: int, **options: Any) ->
     return inputs
 
 
-@pytest.mark.parametrize("name", ["binomial", "multinomial", "regression"])
+@pytest.mark.parametrize("name", ["binomial", "multinomial", "regression", "xgboost"])
 async def test_scores_are_those_of_h2o_with_missing_values_and_unseen_levels(scorer: Scorer, models: dict[str, Trained], name: str) -> None:
     trained = models[name]
     assert any(value is None for row in trained.rows for value in row.values())

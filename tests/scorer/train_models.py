@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import h2o
-from h2o.estimators import H2OGeneralizedLinearEstimator, H2OGradientBoostingEstimator
+from h2o.estimators import H2OGeneralizedLinearEstimator, H2OGradientBoostingEstimator, H2OXGBoostEstimator
 
 CARRIERS = ["AA", "B6", "DL", "UA", "WN"]
 ORIGINS = ["EWR", "JFK", "LGA"]
@@ -85,6 +85,7 @@ def main(url: str, folder: Path) -> None:
         "binomial": (H2OGradientBoostingEstimator(**gbm), "late"),
         "reversed": (H2OGradientBoostingEstimator(**gbm), "never_late"),
         "multinomial": (H2OGradientBoostingEstimator(**gbm), "kind"),
+        "xgboost": (H2OXGBoostEstimator(ntrees=20, max_depth=4, seed=42), "late"),
         "regression": (H2OGeneralizedLinearEstimator(seed=42), "delay"),
     }
     for name, (model, target) in models.items():

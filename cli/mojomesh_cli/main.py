@@ -1,6 +1,7 @@
 """The `mojomesh` command. Each family of commands is a module of plain functions; here they get their names."""
 
 import sys
+from importlib.metadata import entry_points
 
 import typer
 
@@ -19,6 +20,10 @@ app = typer.Typer(
 
 for command in (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate):
     app.command(rich_help_panel="The mesh on this machine")(command)
+
+# Other packages add commands of their own, as the demo does.
+for added in entry_points(group="mojomesh.commands"):
+    app.command(name=added.name, rich_help_panel="More")(added.load())
 
 
 def main() -> None:

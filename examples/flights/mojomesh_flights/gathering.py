@@ -311,3 +311,9 @@ def _floats(column: pa.ChunkedArray) -> Floats:
 
 def _ms(time: datetime) -> int:
     return round(time.timestamp() * 1000)
+
+
+def late_before(year: Year, until: datetime) -> float:
+    """Share of late flights among those whose label was known by then."""
+    known = _floats(year.flights["label_ms"]) < _ms(until)
+    return float(_floats(year.flights["late"])[known].mean())

@@ -50,10 +50,14 @@ format: setup ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+contracts: setup ## Add changed event schemas to the golden ones (refused if they break any) and write docs/asyncapi.yaml
+	$(BIN)/python -m mojomesh_contracts.compatibility --write
+	$(BIN)/python -m mojomesh_contracts.asyncapi --write
+
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format test images
+.PHONY: help setup lock check format contracts test images

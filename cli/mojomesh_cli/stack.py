@@ -22,7 +22,6 @@ from mojomesh_cli.console import AsJson, out, print_json
 from mojomesh_local import jars, mage, platform_check, ports, reachable
 from mojomesh_local.errors import LocalError
 from mojomesh_local.layout import OWN_SERVER
-from mojomesh_local.migrating import migrate_mesh
 from mojomesh_local.stack import Mesh, launch
 from mojomesh_local.state import MIN_FREE_BYTES, SERVERS, SERVICES, PartStatus, StateFolder, Status
 from mojomesh_local.supervisor import up as run_mesh
@@ -136,6 +135,8 @@ def reset(state: State = DEFAULT_STATE, yes: Annotated[bool, typer.Option("--yes
 
 def migrate(state: State = DEFAULT_STATE) -> None:
     """Make missing topics and bring all tables up to date. `up` does it too; safe to repeat."""
+    from mojomesh_local.migrating import migrate_mesh  # here: the tools it brings take a second to import
+
     env = mesh_env(state)
     owners = need(env, "MOJOMESH_POSTGRES_OWNER").split(",")
     asyncio.run(migrate_mesh(need(env, "MOJOMESH_KAFKA"), owners))

@@ -61,6 +61,18 @@ _LATEST = _reading_rows("""
     ) AS row
 """).columns(*feature_rows.c, column("n", BigInteger))
 
+_NEWEST = _reading_rows("""
+    SELECT ROW_COLUMNS, asked.n
+    FROM unnest(CAST(:entity_ids AS text[])) WITH ORDINALITY AS asked (entity_id, n)
+    CROSS JOIN LATERAL (
+        SELECT * FROM store.feature_rows
+        WHERE feature_set = :feature_set AND entity_id = asked.entity_id
+        ORDER BY event_time DESC, created_at DESC, seq DESC
+        LIMIT :limit
+    ) AS row
+    ORDER BY asked.n, row.event_time DESC, row.created_at DESC, row.seq DESC
+""").columns(*feature_rows.c, column("n", BigInteger))
+
 
 async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[FeatureRow]:
     """Store each event once; the stored row of every event, in their order, whether it is new or a repeat.
@@ -95,6 +107,14 @@ async def latest_of_many(
     parameters |= {"entity_ids": [entity_id for entity_id, _ in asked], "ats": [at for _, at in asked]}
     for *columns, n in await db.execute(_LATEST, parameters):
         found[n - 1] = FeatureRow(*columns)
+    return found
+
+
+async def newest_of_many(db: AsyncSession, feature_set: str, entity_ids: Sequence[str], limit: int) -> list[list[FeatureRow]]:
+    """The newest rows of each entity, at most `limit`, newest first: corrections come before what they correct."""
+    found: list[list[FeatureRow]] = [[] for _ in entity_ids]
+    for *columns, n in await db.execute(_NEWEST, {"feature_set": feature_set, "entity_ids": list(entity_ids), "limit": limit}):
+        found[n - 1].append(FeatureRow(*columns))
     return found
 
 

@@ -4,6 +4,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import asyncpg
+import httpx
 import psutil
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -89,7 +90,23 @@ def test_h2o_answers_as_a_cluster_of_one(h2o_url: str) -> None:
         assert b'"cloud_size":1' in answer.read()
 
 
-def test_all_servers_listen_on_the_loopback_address_only(postgres_cluster: Any, redis_url: str, kafka_server: str, h2o_url: str) -> None:
+def test_mage_lets_in_its_owner_only(mage_env: dict[str, str]) -> None:
+    url, email, password = (mage_env[f"MOJOMESH_MAGE{part}"] for part in ("", "_EMAIL", "_PASSWORD"))
+
+    key = {"X-API-KEY": "zkWlN0PkIKSN0C11CfUHUj84OT5XOJ6tDZ6bDRO2"}  # the same in every Mage: its own pages carry it
+
+    def session_for(email: str, password: str) -> dict[str, Any]:
+        answer = httpx.post(f"{url}/api/sessions", json={"session": {"email": email, "password": password}}, headers=key)
+        return dict(answer.json())
+
+    assert session_for(email, password)["session"]["token"]
+    assert "error" in session_for("admin@admin.com", "admin")
+    assert "error" in httpx.get(f"{url}/api/pipelines", headers=key).json()
+
+
+def test_all_servers_listen_on_the_loopback_address_only(
+    postgres_cluster: Any, redis_url: str, kafka_server: str, h2o_url: str, mage_url: str
+) -> None:
     listening = [
         connection.laddr.ip
         for child in psutil.Process().children(recursive=True)

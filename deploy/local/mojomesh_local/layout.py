@@ -28,8 +28,8 @@ _SETTABLE = (
     *("MOJOMESH_POSTGRES_OWNER", "MOJOMESH_MAGE_EMAIL", "MOJOMESH_MAGE_PASSWORD", "MOJOMESH_OBJECTS", "MOJOMESH_ENVIRONMENT"),
     *("MOJOMESH_FAULT", "MOJOMESH_TRACES", "SCORER_WORKERS"),
 )
-# Who may sign, and who may change tables.
-_ONLY_FOR = {"MOJOMESH_SIGNING_KEY": "trainer", "MOJOMESH_POSTGRES_OWNER": "migrate"}
+# Who may sign, and who may change tables: nobody else is told, not even by what the caller of `up` has in its environment.
+ONLY_FOR = {"MOJOMESH_SIGNING_KEY": "trainer", "MOJOMESH_POSTGRES_OWNER": "migrate"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ def _addresses(port: Mapping[str, int]) -> dict[str, str]:
 def _service(name: str, state: StateFolder, env: Mapping[str, str]) -> Server:
     # The scorer's data door speaks for one worker, its admin door for all of them.
     door = env["MOJOMESH_SCORER_ADMIN_URL" if name == "scorer" else f"MOJOMESH_{name.upper()}_URL"]
-    told = {variable: value for variable, value in env.items() if _ONLY_FOR.get(variable, name) == name} | {"PYTHONUNBUFFERED": "1"}
+    told = {variable: value for variable, value in env.items() if ONLY_FOR.get(variable, name) == name} | {"PYTHONUNBUFFERED": "1"}
     command = Command(name, [sys.executable, "-m", f"mojomesh_{name}"], state.log_of(name), told, state.path)
     return Server(command, ports=tuple(state.ports_of(name)), ready=lambda: says_ok(f"{door}/health/ready"))

@@ -43,7 +43,6 @@ class Mage:
             Command("mage", [str(PYTHON), str(PROJECT / "serve.py")], self.log, env),
             ports=(self.port,),
             ready=self.ready,
-            within_s=120,
         )
 
     def ready(self) -> bool:

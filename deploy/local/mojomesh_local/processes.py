@@ -43,7 +43,7 @@ class Server:
     ready: Callable[[], bool]
     prepare: Callable[[], None] = lambda: None
     settle: Callable[[], None] = lambda: None
-    within_s: float = 60.0
+    within_s: float = 180.0  # generous, since a machine may be busy: a process that ends is noticed at once
 
     def start(self) -> "Child":
         """Start it and return when it answers.

@@ -1,14 +1,11 @@
-"""Whether the servers that somebody else runs answer; said before anything is started."""
+"""Whether servers answer; asked of one's own before anything is started.
+
+The clients are imported where they are used: every command imports this module, and most ask nothing.
+"""
 
 import asyncio
 from collections.abc import Mapping
 from urllib.parse import urlsplit
-
-import asyncpg
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
-from redis import Redis
-from redis.exceptions import RedisError
 
 from .errors import ServerUnreachable
 from .layout import OWN_SERVER
@@ -55,6 +52,8 @@ def without_password(address: str) -> str:
 
 
 async def _postgres(url: str) -> str | None:
+    import asyncpg
+
     try:
         connection = await asyncpg.connect(url, timeout=5)
     except (OSError, TimeoutError, asyncpg.PostgresError) as error:
@@ -64,6 +63,9 @@ async def _postgres(url: str) -> str | None:
 
 
 def _redis(url: str) -> str | None:
+    from redis import Redis
+    from redis.exceptions import RedisError
+
     with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
         try:
             client.ping()
@@ -73,6 +75,9 @@ def _redis(url: str) -> str | None:
 
 
 async def _kafka(bootstrap: str) -> str | None:
+    from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.errors import KafkaError
+
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=5_000)
     try:
         await admin.start()

@@ -149,7 +149,7 @@ def launch(
     if state.is_up:
         raise already_running(state)
     log = state.log_of("up")
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state.make()
     argv = [sys.executable, "-m", "mojomesh_local.stack", "--state", str(state.path), *(word for part in only for word in ("--only", part))]
     with log.open("wb") as out:
         return subprocess.Popen(

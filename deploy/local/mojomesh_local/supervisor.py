@@ -13,7 +13,7 @@ from filelock import Timeout
 
 from . import ports
 from .errors import AlreadyRunning, LocalError, PortTaken, StartFailed
-from .layout import OWN_SERVER, Layout, layout_of
+from .layout import ONLY_FOR, OWN_SERVER, Layout, layout_of
 from .processes import Child, Command, kill_leftover, last_words, start
 from .reachable import require_answers, without_password
 from .state import SERVERS, SERVICES, PartStatus, Phase, StateFolder, Status
@@ -50,7 +50,10 @@ def up(state: StateFolder, tell: Tell, only: Sequence[str] = ()) -> None:
         for name, pid, started in state.recorded_processes():
             if kill_leftover(pid, started):
                 tell(name, "killed what an earlier `up` left")
-        _Supervisor(state, layout_of(state, os.environ), tell, set(only) or {*SERVERS, *SERVICES}).run()
+        layout = layout_of(state, os.environ)
+        for variable in ONLY_FOR:
+            os.environ.pop(variable, None)
+        _Supervisor(state, layout, tell, set(only) or {*SERVERS, *SERVICES}).run()
 
 
 def already_running(state: StateFolder) -> AlreadyRunning:

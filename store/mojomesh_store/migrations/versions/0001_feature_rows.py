@@ -5,7 +5,8 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
-# A plain PostgreSQL has no such role yet; giving it a login and a password is the installation's business.
+# A plain PostgreSQL has no such role yet; giving it a login and a password is the installation's business. Where the role is
+# there, the owner needs no right to make one: PostgreSQL checks that right before it looks whether the name is taken.
 SERVICE_ROLE = """
 DO $$
 BEGIN

@@ -1,0 +1,63 @@
+"""The wiring of features."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from mojomesh_chassis.consuming import consuming
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.health import Health
+from mojomesh_chassis.http import mesh_app
+from mojomesh_chassis.objects import open_objects
+from mojomesh_chassis.publishing import open_publisher
+from mojomesh_chassis.redis import open_redis
+from mojomesh_features import handlers, routes
+from mojomesh_features.champions import ChampionBundles, Champions
+from mojomesh_features.reading import FeatureReader
+from mojomesh_features.settings import FeaturesSettings
+from mojomesh_features.snapshots import Snapshots
+from mojomesh_store.online import OnlineStore
+from mojomesh_store.shards import open_feature_store
+
+
+def build(settings: FeaturesSettings) -> FastAPI:
+    """The application; its clients are made when it starts and closed when it ends."""
+    health = Health()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+        async with AsyncExitStack() as stack:
+            feature_store = await stack.enter_async_context(open_feature_store(settings.postgres_urls))
+            database = feature_store.shards[0]  # holds the services' own tables too
+            online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
+            objects = open_objects(settings.objects)
+            publisher = await stack.enter_async_context(open_publisher(settings))
+            # Redis has no ping here: without it answers are the same.
+            health.add("postgres", feature_store.ping)
+            health.add("objects", objects.ping)
+            definitions = Definitions()
+            snapshots = Snapshots(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
+            await stack.enter_async_context(
+                consuming(
+                    handlers.router,
+                    settings,
+                    publisher,
+                    health,
+                    online=online,
+                    database=database,
+                    definitions=definitions,
+                    champions=Champions(),
+                    bundles=ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key),
+                )
+            )
+            yield {
+                "database": database,
+                "feature_store": feature_store,
+                "reader": FeatureReader(feature_store, online),
+                "definitions": definitions,
+                "snapshots": snapshots,
+            }
+
+    return mesh_app("features", settings, health, lifespan, routes.router)

@@ -1,0 +1,7 @@
+"""What features refuses."""
+
+from mojomesh_chassis.errors import PermanentError
+
+
+class UnusableDefinition(PermanentError):
+    """A model that names what there is not, or what cannot be joined or learned."""

@@ -1,0 +1,187 @@
+"""What features answers over HTTP."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import orjson
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from sqlalchemy import text
+
+from mojomesh_chassis.database import Database
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.errors import NotFound
+from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
+from mojomesh_features import tables
+from mojomesh_features.reading import AsOf, FeatureReader
+from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_features.vectors import Vector, plan_of
+from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
+from mojomesh_store.shards import FeatureStore
+
+router = APIRouter()
+
+MOST_ROWS = 10_000  # a request
+
+
+def _resource(name: str) -> Any:
+    async def of(request: Request) -> Any:
+        return getattr(request.state, name)
+
+    return Depends(of)
+
+
+ADatabase = Annotated[Database, _resource("database")]
+AFeatureStore = Annotated[FeatureStore, _resource("feature_store")]
+AReader = Annotated[FeatureReader, _resource("reader")]
+SomeDefinitions = Annotated[Definitions, _resource("definitions")]
+SomeSnapshots = Annotated[Snapshots, _resource("snapshots")]
+
+
+class Asked(BaseModel):
+    """An entity, as of an event time; by default now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entity_id: str = Field(min_length=1, max_length=512)
+    at: AwareDatetime | None = None
+
+
+class AskedBatch(BaseModel):
+    """Rows of one feature set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: list[Asked] = Field(max_length=MOST_ROWS)
+    snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew it then; by default as it knows it now")
+
+
+class AskedVector(BaseModel):
+    """An entity of the spine, as of an event time; by default now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entity_id: str = Field(min_length=1, max_length=512)
+    event_time: AwareDatetime | None = None
+
+
+class AskedVectors(BaseModel):
+    """Vectors of one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    rows: list[AskedVector] = Field(max_length=MOST_ROWS)
+
+
+@router.get("/v1/features")
+async def stored_rows(feature_store: AFeatureStore, definitions: SomeDefinitions) -> dict[str, dict[str, int]]:
+    """How many rows each feature set has."""
+    counts = dict.fromkeys(definitions.feature_sets, 0)
+    for shard in feature_store.shards:
+        async with shard.begin() as db:
+            for feature_set, n in await db.execute(text("SELECT feature_set, count(*) FROM store.feature_rows GROUP BY feature_set")):
+                counts[feature_set] = counts.get(feature_set, 0) + n
+    return {"rows": counts}
+
+
+@router.post("/v1/features:lookup")
+async def model_vectors(asked: AskedVectors, reader: AReader, definitions: SomeDefinitions) -> Response:
+    """A model's inputs for each entity, joined as of its event time: what a scorer asks."""
+    if asked.model not in definitions.models:
+        await definitions.caught_up()
+    plan = plan_of(definitions.model(asked.model), definitions)
+    now = microseconds(datetime.now(UTC))
+    pairs = [(row.entity_id, now if row.event_time is None else microseconds(row.event_time)) for row in asked.rows]
+    vectors = await reader.vectors(plan, pairs)
+    return _json({"rows": [_vector(plan.model.spine, *pair, vector) for pair, vector in zip(pairs, vectors, strict=True)]})
+
+
+@router.post("/v1/features/{feature_set}:batch")
+async def latest_rows(feature_set: str, asked: AskedBatch, reader: AReader, definitions: SomeDefinitions) -> Response:
+    """The rows of many entities, each as of its event time, in their order; null where there is none."""
+    name = definitions.feature_set(feature_set).name
+    now = microseconds(datetime.now(UTC))
+    as_ofs = [((name, row.entity_id), now if row.at is None else microseconds(row.at)) for row in asked.rows]
+    found = await _read(reader, as_ofs, asked.snapshot_time)
+    rows = [(entity, found[entity, at]) for entity, at in as_ofs]
+    return _json({"rows": [None if row is None else _row(entity, row) for entity, row in rows]})
+
+
+@router.get("/v1/features/{feature_set}/{entity_id:path}")
+async def latest_row(
+    feature_set: str,
+    entity_id: str,
+    reader: AReader,
+    definitions: SomeDefinitions,
+    at: AwareDatetime | None = None,
+    snapshot_time: AwareDatetime | None = None,
+) -> Response:
+    """The row that was true of an entity at an event time (by default now), as the mesh knew it at `snapshot_time` (by default now)."""
+    entity = (definitions.feature_set(feature_set).name, entity_id)
+    as_of = (entity, microseconds(at or datetime.now(UTC)))
+    row = (await _read(reader, [as_of], snapshot_time))[as_of]
+    if row is None:
+        raise NotFound(f"'{feature_set}' has no row of '{entity_id}' at {moment(as_of[1]).isoformat()}")
+    return _json(_row(entity, row))
+
+
+@router.post("/v1/snapshots")
+async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snapshots: SomeSnapshots) -> SnapshotTaken:
+    """The training rows of a model as the mesh knew them at a time, as Parquet in the object store."""
+    await definitions.caught_up()
+    plan = plan_of(query.model, definitions)
+    return await snapshots.take(plan, label_of(query.model.label, definitions), query.snapshot_time)
+
+
+@router.get("/v1/drift/{model}")
+async def drift(model: str, database: ADatabase, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+    """The last windows of a model against its champions' baselines, and the alerts they led to."""
+    async with database.begin() as db:
+        windows, alerts = await tables.drift_of(db, model, limit)
+    return _json({"model": model, "windows": windows, "alerts": alerts})
+
+
+@router.get("/v1/predictions/{prediction_id}")
+async def prediction(prediction_id: UUID, database: ADatabase) -> Response:
+    """The receipt of a prediction."""
+    async with database.begin() as db:
+        found = await tables.prediction_of(db, prediction_id)
+    if found is None:
+        raise NotFound(f"no prediction {prediction_id}; receipts arrive within a second of the answer")
+    return _json(found)
+
+
+@router.get("/v1/predictions")
+async def predictions(database: ADatabase, model: str, after: int = 0, limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 1000) -> Response:
+    """Receipts of a model in the order of their arrival; ask again with `after` set to the `next` of the answer."""
+    async with database.begin() as db:
+        found = await tables.predictions_after(db, model, after, limit)
+    return await asyncio.to_thread(_json, {"predictions": found, "next": found[-1]["seq"] if found else after})
+
+
+async def _read(reader: FeatureReader, asked: Sequence[AsOf], snapshot_time: datetime | None) -> dict[AsOf, OnlineRow | None]:
+    return await (reader.at(asked) if snapshot_time is None else reader.known_at(asked, snapshot_time))
+
+
+def _row(entity: Entity, row: OnlineRow) -> dict[str, Any]:
+    reported_at = moment(row.reported_us)
+    return {**_key(entity, row), "reported_at": reported_at, "values": orjson.Fragment(row.vector)}
+
+
+def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
+    event_time, created_at = moment(row.event_us), moment(row.created_us)
+    return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
+
+
+def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[str, Any]:
+    if vector is None:
+        return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
+    return {"values": vector.values, "used": [_key(*used) for used in vector.used.items()], "ages_ms": vector.ages_ms}
+
+
+def _json(answer: Any) -> Response:
+    return Response(orjson.dumps(answer), media_type="application/json")

@@ -1,0 +1,238 @@
+"""The prediction log, the drift windows counted from it and the alerts they led to: schema `features`, all append-only.
+
+Whoever adds to a model's rows holds the model's lock from `lock_model` until the end of the transaction: rows become visible in the order
+of their seq, and every counted prediction has its place in exactly one window, however many replicas count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import TypeAdapter
+from sqlalchemy import ARRAY, BigInteger, Column, DateTime, Double, Identity, Integer, MetaData, Table, Text, Uuid, select, text
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from mojomesh_contracts.events import DriftDetected, ModelPromoted, PredictionsMade
+from mojomesh_features.drift import Measured
+
+_MEASURED = TypeAdapter(dict[str, Measured])
+_METADATA = MetaData(schema="features")
+
+predictions = Table(
+    "predictions",
+    _METADATA,
+    Column("prediction_id", Uuid, primary_key=True),
+    Column("seq", BigInteger, Identity(always=True)),
+    Column("model", Text),
+    Column("version", Integer),
+    Column("bundle_digest", Text),
+    Column("replica", Text),
+    Column("entity_id", Text),
+    Column("event_time", DateTime(timezone=True)),
+    Column("made_at", DateTime(timezone=True)),
+    Column("inputs", ARRAY(Double)),
+    Column("scores", ARRAY(Double)),
+    Column("rows", JSONB),
+    Column("request_id", Uuid),
+)
+
+_COUNT = text("""
+    INSERT INTO features.counted (model, entity_id, event_time, promotion, arrival, prediction_id)
+    SELECT :model, entity_id, event_time, :promotion, row_number() OVER (ORDER BY n) + (
+        SELECT coalesce(max(arrival), -1) FROM features.counted WHERE model = :model AND promotion = :promotion
+    ), prediction_id
+    FROM (
+        SELECT DISTINCT ON (entity_id, event_time) *
+        FROM unnest(CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]), CAST(:prediction_ids AS uuid[]))
+            WITH ORDINALITY AS made (entity_id, event_time, prediction_id, n)
+        ORDER BY entity_id, event_time, n
+    ) AS firsts
+    WHERE NOT EXISTS (
+        SELECT FROM features.counted
+        WHERE model = :model AND counted.entity_id = firsts.entity_id AND counted.event_time = firsts.event_time
+    )
+""")
+
+_UNMEASURED = text("""
+    SELECT counted.arrival, counted.event_time, predictions.inputs, predictions.scores
+    FROM features.counted JOIN features.predictions USING (prediction_id)
+    WHERE counted.model = :model AND counted.promotion = :promotion AND counted.arrival > :after
+    ORDER BY counted.arrival
+    LIMIT :n
+""")
+
+
+@dataclass(frozen=True)
+class DriftWindow:
+    """One window as measured; its number counts the windows since the promotion."""
+
+    number: int
+    first_arrival: int
+    last_arrival: int
+    window_from: datetime  # least and greatest event time
+    window_to: datetime
+    middle: datetime  # median event time: the window's place in time, whatever time a single request claims
+    columns: dict[str, Measured]
+
+
+@dataclass(frozen=True)
+class CountedPrediction:
+    """One prediction that drift is counted on."""
+
+    arrival: int
+    event_time: datetime
+    inputs: list[float | None]
+    scores: list[float]
+
+
+async def lock_model(db: AsyncSession, model: str) -> None:
+    """Be the only one who adds to the model's rows, until the end of the transaction."""
+    await db.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('mojomesh.features.' || :model, 0))"), {"model": model})
+
+
+async def save_predictions(db: AsyncSession, blocks: Sequence[PredictionsMade]) -> None:
+    """Keep each prediction once."""
+    made = [
+        {
+            "prediction_id": prediction.prediction_id,
+            "model": block.model,
+            "version": block.version,
+            "bundle_digest": block.bundle_digest,
+            "replica": block.replica,
+            "entity_id": prediction.entity_id,
+            "event_time": prediction.event_time,
+            "made_at": prediction.made_at,
+            "inputs": prediction.inputs,
+            "scores": prediction.scores,
+            "rows": [row.model_dump(mode="json") for row in prediction.rows],
+            "request_id": prediction.request_id,
+        }
+        for block in blocks
+        for prediction in block.predictions
+    ]
+    if made:
+        await db.execute(insert(predictions).on_conflict_do_nothing(), made)
+
+
+async def count_predictions(db: AsyncSession, champion: ModelPromoted, blocks: Sequence[PredictionsMade]) -> None:
+    """Give each new pair of entity and event_time among the champion's predictions the next place in the order of arrival.
+
+    What was counted before, under whichever version, is not counted again, nor what names no entity: load tests are no live data.
+    """
+    named = [prediction for block in blocks for prediction in block.predictions if prediction.entity_id is not None]
+    if named:
+        await db.execute(
+            _COUNT,
+            {
+                "model": champion.model,
+                "promotion": champion.promotion,
+                "entity_ids": [prediction.entity_id for prediction in named],
+                "event_times": [prediction.event_time for prediction in named],
+                "prediction_ids": [prediction.prediction_id for prediction in named],
+            },
+        )
+
+
+async def unmeasured(db: AsyncSession, champion: ModelPromoted, after: int, n: int) -> list[CountedPrediction]:
+    """The first `n` predictions counted after the arrival `after`, in order; fewer if there are fewer."""
+    found = await db.execute(_UNMEASURED, {"model": champion.model, "promotion": champion.promotion, "after": after, "n": n})
+    return [CountedPrediction(*row) for row in found]
+
+
+async def windows_of(db: AsyncSession, model: str, promotion: int) -> list[DriftWindow]:
+    """The windows since a promotion, oldest first."""
+    found = await db.execute(
+        text("""
+            SELECT number, first_arrival, last_arrival, window_from, window_to, middle, columns
+            FROM features.drift_windows WHERE model = :model AND promotion = :promotion ORDER BY number
+        """),
+        {"model": model, "promotion": promotion},
+    )
+    return [DriftWindow(**row | {"columns": _MEASURED.validate_json(row["columns"])}) for row in map(dict, found.mappings())]
+
+
+async def save_window(db: AsyncSession, champion: ModelPromoted, window: DriftWindow) -> None:
+    """Keep a window."""
+    await db.execute(
+        text("""
+            INSERT INTO features.drift_windows
+                (model, promotion, number, version, bundle_digest, first_arrival, last_arrival, window_from, window_to, middle, columns)
+            VALUES (:model, :promotion, :number, :version, :bundle_digest, :first_arrival, :last_arrival, :window_from, :window_to, :middle,
+                CAST(:columns AS jsonb))
+        """),
+        {
+            "model": champion.model,
+            "promotion": champion.promotion,
+            "version": champion.version,
+            "bundle_digest": champion.bundle_digest,
+            **{name: value for name, value in vars(window).items() if name != "columns"},
+            "columns": _MEASURED.dump_json(window.columns).decode(),
+        },
+    )
+
+
+async def last_alert_at(db: AsyncSession, model: str) -> datetime | None:
+    """Event time of the model's last alert, under whichever promotion."""
+    found = await db.execute(text("SELECT max(middle) FROM features.alerts WHERE model = :model"), {"model": model})
+    at: datetime | None = found.scalar_one()
+    return at
+
+
+async def save_alert(db: AsyncSession, champion: ModelPromoted, window: DriftWindow, caused_by: UUID, alert: DriftDetected) -> None:
+    """Keep an alert with the block of predictions that it is announced for, again whenever that block is delivered again."""
+    await db.execute(
+        text("""
+            INSERT INTO features.alerts (event_id, model, promotion, number, middle, caused_by, event)
+            VALUES (:event_id, :model, :promotion, :number, :middle, :caused_by, CAST(:event AS jsonb))
+        """),
+        {
+            "event_id": alert.event_id,
+            "model": champion.model,
+            "promotion": champion.promotion,
+            "number": window.number,
+            "middle": window.middle,
+            "caused_by": caused_by,
+            "event": alert.model_dump_json(),
+        },
+    )
+
+
+async def alerts_caused_by(db: AsyncSession, blocks: Sequence[PredictionsMade]) -> list[DriftDetected]:
+    """The alerts to announce for `blocks`, whether they are new or not."""
+    found = await db.scalars(
+        text("SELECT event FROM features.alerts WHERE caused_by = ANY(:blocks) ORDER BY middle"),
+        {"blocks": [block.event_id for block in blocks]},
+    )
+    return [DriftDetected.model_validate_json(event) for event in found]
+
+
+async def prediction_of(db: AsyncSession, prediction_id: UUID) -> dict[str, Any] | None:
+    """The receipt of a prediction, by column name."""
+    found = (await db.execute(select(predictions).where(predictions.c.prediction_id == prediction_id))).mappings().first()
+    return None if found is None else dict(found)
+
+
+async def predictions_after(db: AsyncSession, model: str, after: int, limit: int) -> list[dict[str, Any]]:
+    """Receipts of a model with a seq above `after`, in its order, each with its `seq`. Going on from the last one misses none."""
+    log = predictions.c
+    found = await db.execute(select(predictions).where(log.model == model, log.seq > after).order_by(log.seq).limit(limit))
+    return [dict(row) for row in found.mappings()]
+
+
+async def drift_of(db: AsyncSession, model: str, limit: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The last windows of a model over all its promotions, and its alerts; both oldest first."""
+    windows = await db.execute(
+        text("""
+            SELECT promotion, number, version, bundle_digest, last_arrival - first_arrival + 1 AS n_rows, window_from, window_to, columns,
+                counted_at
+            FROM features.drift_windows WHERE model = :model ORDER BY promotion DESC, number DESC LIMIT :limit
+        """).columns(columns=JSONB),
+        {"model": model, "limit": limit},
+    )
+    alerts = await db.scalars(
+        text("SELECT event FROM features.alerts WHERE model = :model ORDER BY middle").columns(event=JSONB), {"model": model}
+    )
+    return [dict(window) for window in windows.mappings()][::-1], list(alerts)

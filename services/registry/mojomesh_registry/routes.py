@@ -1,0 +1,208 @@
+"""The HTTP door of registry. What changes something needs the token."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+import orjson
+from fastapi import APIRouter, Depends, Request
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from mojomesh_chassis.database import Database
+from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.faults import fault
+from mojomesh_chassis.http import Protected
+from mojomesh_chassis.outbox import Relay, save_events
+from mojomesh_contracts.definitions import DefinitionError, FeatureSet, Model, parse_definition, parse_definitions
+from mojomesh_contracts.events import TrainingRequested
+from mojomesh_registry import applying, lineage
+from mojomesh_registry.errors import ChampionChanged, WrongDefinitions
+from mojomesh_registry.tables import OUTBOX, AppliedDefinition, RegisteredModel, Version
+from mojomesh_registry.versions import Cause, before_champion, promote_by_hand, registered_model, version_of
+
+router = APIRouter(prefix="/v1")
+
+
+def _database(request: Request) -> Database:
+    database: Database = request.state.database
+    return database
+
+
+def _relay(request: Request) -> Relay:
+    relay: Relay = request.state.relay
+    return relay
+
+
+InDatabase = Annotated[Database, Depends(_database)]
+ToOutbox = Annotated[Relay, Depends(_relay)]
+
+
+class Asked(BaseModel):
+    """A request body; a misspelt field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TrainingAsked(Asked):
+    """Body of `:train`."""
+
+    reason: str = Field(default="asked for by hand", min_length=1, max_length=1000)
+    snapshot_time: AwareDatetime | None = None
+
+
+class PromotionAsked(Asked):
+    """Body of `:promote`. With `expected_promotion`, nothing happens if somebody else was promoted since the caller looked."""
+
+    force: bool = False
+    reason: str | None = Field(default=None, max_length=1000)
+    expected_promotion: int | None = None
+
+
+class RollbackAsked(Asked):
+    """Body of `:rollback`."""
+
+    reason: str | None = Field(default=None, max_length=1000)
+    expected_promotion: int | None = None
+
+
+class Promoted(BaseModel):
+    """Who is champion now, and by which promotion."""
+
+    model: str
+    version: int
+    promotion: int
+
+
+class DefinitionInfo(BaseModel):
+    """A definition in force."""
+
+    definition_id: str
+    version: int
+    applied_at: datetime
+    definition: dict[str, Any]
+
+
+@router.put("/definitions", dependencies=[Protected])
+async def put_definitions(request: Request, database: InDatabase, relay: ToOutbox) -> dict[str, list[applying.Applied]]:
+    """Apply documents, all or none: a YAML stream, or as `application/json` one document or an array of them."""
+    documents = _read(await request.body(), request.headers.get("content-type", ""))
+    async with database.begin() as db:
+        applied = await applying.apply_definitions(db, documents, datetime.now(UTC))
+    relay.wake()
+    return {"applied": applied}
+
+
+@router.get("/definitions")
+async def get_definitions(database: InDatabase) -> dict[str, list[DefinitionInfo]]:
+    """Every definition in force."""
+    async with database.begin() as db:
+        return {"definitions": [_definition_info(row) for row in (await applying.in_force(db)).values()]}
+
+
+@router.get("/definitions/{kind}/{name}")
+async def get_definition(kind: Literal["FeatureSet", "Model"], name: str, database: InDatabase) -> DefinitionInfo:
+    """One definition in force."""
+    async with database.begin() as db:
+        rows = await applying.in_force(db)
+    if (row := rows.get(f"{kind}/{name}")) is None:
+        raise NotFound(f"no definition {kind}/{name}; there are: {', '.join(rows) or 'none, apply some first'}")
+    return _definition_info(row)
+
+
+@router.get("/models")
+async def get_models(database: InDatabase) -> dict[str, list[lineage.ModelSummary]]:
+    """Every defined model, with its champion."""
+    async with database.begin() as db:
+        return {"models": await lineage.model_summaries(db)}
+
+
+@router.get("/models/{model}")
+async def get_model(model: str, database: InDatabase) -> lineage.ModelInfo:
+    """One model with its versions, newest first."""
+    async with database.begin() as db:
+        return await lineage.model_info(db, model)
+
+
+@router.get("/models/{model}/versions/{version}")
+async def get_version(model: str, version: int, database: InDatabase) -> lineage.VersionLineage:
+    """One version with its manifest and lineage."""
+    async with database.begin() as db:
+        return await lineage.version_lineage(db, await version_of(db, model, version))
+
+
+@router.post("/models/{model}:train", status_code=202, dependencies=[Protected])
+async def train(model: str, asked: TrainingAsked, database: InDatabase, relay: ToOutbox) -> TrainingRequested:
+    """Ask trainer for a new version; the answer is the event, whose id the run names as its cause."""
+    async with database.begin() as db:
+        await applying.model_in_force(db, model)
+        event = TrainingRequested(
+            event_id=uuid4(), model=model, reason=asked.reason, requested_at=datetime.now(UTC), snapshot_time=asked.snapshot_time
+        )
+        await save_events(db, OUTBOX, [event])
+    fault("registry.committed")
+    relay.wake()
+    return event
+
+
+@router.post("/models/{model}/versions/{version}:promote", dependencies=[Protected])
+async def promote(model: str, version: int, asked: PromotionAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
+    """Make a version the champion by hand."""
+    if asked.force and not asked.reason:
+        raise WrongDefinitions("a forced promotion needs a reason, which is kept with it")
+    async with database.begin() as db:
+        wanted = await version_of(db, model, version)
+        registered = await _expected(db, model, asked.expected_promotion)
+        cause = Cause("hand", uuid4(), datetime.now(UTC), asked.reason, asked.force and bool(wanted.refusals))
+        promoted = await _promote(db, registered, wanted, cause)
+    fault("registry.committed")
+    relay.wake()
+    return promoted
+
+
+@router.post("/models/{model}:rollback", dependencies=[Protected])
+async def rollback(model: str, asked: RollbackAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
+    """Return to the version that was champion before the present one."""
+    async with database.begin() as db:
+        registered = await _expected(db, model, asked.expected_promotion)
+        wanted = await before_champion(db, registered)
+        # It served before, so what the gate once said of it does not hold it up.
+        promoted = await _promote(
+            db, registered, wanted, Cause("rollback", uuid4(), datetime.now(UTC), asked.reason, bool(wanted.refusals))
+        )
+    fault("registry.committed")
+    relay.wake()
+    return promoted
+
+
+async def _promote(db: AsyncSession, model: RegisteredModel, version: Version, cause: Cause) -> Promoted:
+    promotion = await promote_by_hand(db, model, version, cause)
+    return Promoted(model=model.model, version=version.version, promotion=promotion)
+
+
+async def _expected(db: AsyncSession, name: str, expected_promotion: int | None) -> RegisteredModel:
+    model = await registered_model(db, name)
+    if expected_promotion is not None and expected_promotion != model.promotion:
+        raise ChampionChanged(
+            f"you looked at promotion {expected_promotion} of '{name}'; "
+            f"meanwhile promotion {model.promotion} made version {model.champion_version} the champion"
+        )
+    return model
+
+
+def _read(body: bytes, content_type: str) -> list[FeatureSet | Model]:
+    try:
+        if not content_type.startswith("application/json"):
+            documents = list(parse_definitions(body.decode()))
+        else:
+            content = orjson.loads(body)
+            documents = [parse_definition(document) for document in (content if isinstance(content, list) else [content])]
+    except (DefinitionError, orjson.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WrongDefinitions(f"nothing was applied: {error}") from error
+    if not documents:
+        raise WrongDefinitions("nothing was applied: the body holds no document")
+    return documents
+
+
+def _definition_info(row: AppliedDefinition) -> DefinitionInfo:
+    return DefinitionInfo(definition_id=row.definition_id, version=row.version, applied_at=row.applied_at, definition=row.document)

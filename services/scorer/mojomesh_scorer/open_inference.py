@@ -1,0 +1,80 @@
+"""What a model looks like in the Open Inference Protocol V2, under REST and gRPC alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mojomesh_scorer.errors import BadTensor
+from mojomesh_scorer.models import LoadedModel
+from mojomesh_scorer.scoring import Scored
+from mojomesh_scorer.tensors import Tensor, check_shape
+
+SERVER = "mojomesh-scorer"
+PLATFORM = "h2o_mojo"
+EXTENSIONS = ["binary_tensor_data"]
+_DATATYPES = {"number": "FP64", "category": "BYTES", "boolean": "BOOL"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, datatype and shape of a tensor; -1 is the number of rows."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+def inputs_of(model: LoadedModel) -> list[TensorSpec]:
+    """One tensor a column. Any numeric datatype will do for a number or a boolean; only a float one can say that it is missing (NaN)."""
+    return [TensorSpec(column.name, _DATATYPES[column.type], [-1]) for column in model.schema.columns]
+
+
+def outputs_of(model: LoadedModel) -> list[TensorSpec]:
+    """The score that people ask for, for a classifier the probability of each class, and the ids of the predictions."""
+    probabilities = [TensorSpec("probabilities", "FP64", [-1, len(model.schema.classes)])] if model.schema.classes else []
+    return [TensorSpec("score", "FP64", [-1]), *probabilities, TensorSpec("prediction_id", "BYTES", [-1])]
+
+
+def n_rows_of(tensors: Sequence[Tensor]) -> int:
+    """How many rows the inputs of a request have.
+
+    Raises:
+        BadTensor: There are no inputs, or they disagree.
+    """
+    sizes = {tensor.name: check_shape(tensor.name, tensor.shape) for tensor in tensors}
+    if len(set(sizes.values())) != 1:
+        raise BadTensor(f"inputs must have one number of rows, have {sizes}" if sizes else "the request has no inputs")
+    return next(iter(sizes.values()))
+
+
+def answer(scored: Scored, wanted: Sequence[str]) -> list[Tensor]:
+    """The outputs named in `wanted`, in that order; all of them when it is empty.
+
+    Raises:
+        BadTensor: One is named that the model does not have.
+    """
+    n_rows, n_scores = scored.scores.shape
+    score = np.ascontiguousarray(scored.scores[:, -1]) if n_scores <= 2 else scored.scores.max(axis=1)
+    outputs = {
+        "score": Tensor("score", "FP64", [n_rows], score),
+        "probabilities": Tensor("probabilities", "FP64", [n_rows, n_scores], scored.scores),
+        "prediction_id": Tensor("prediction_id", "BYTES", [n_rows], [str(prediction_id) for prediction_id in scored.prediction_ids]),
+    }
+    names = [spec.name for spec in outputs_of(scored.model)]
+    if unknown := [name for name in wanted if name not in names]:
+        raise BadTensor(f"model '{scored.model.name}' has no output {unknown[0]!r}; it has {', '.join(names)}")
+    return [outputs[name] for name in wanted or names]
+
+
+def version_asked(text: str) -> int | None:
+    """A version of a path or a field; empty is whichever serves.
+
+    Raises:
+        BadTensor: It is not a number.
+    """
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise BadTensor(f"version {text!r} is not a number")
+    return int(text)

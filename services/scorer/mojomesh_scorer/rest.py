@@ -1,0 +1,179 @@
+"""The Open Inference Protocol V2 over REST, with its binary tensor data extension."""
+
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mojomesh_chassis.errors import MeshError, TransientError
+from mojomesh_scorer.doors import Doors, doors_of
+from mojomesh_scorer.errors import BadTensor, NotServed
+from mojomesh_scorer.open_inference import EXTENSIONS, PLATFORM, SERVER, TensorSpec, answer, inputs_of, n_rows_of, outputs_of, version_asked
+from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
+
+HEADER_LENGTH = "inference-header-content-length"
+"""Where the JSON ends and the binary tensors begin."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class _Input(_Part):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class _Output(_Part):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _InferRequest(_Part):
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[_Input]
+    outputs: list[_Output] = []
+
+
+class _V2Route(APIRoute):
+    """Answers errors as the protocol has them: `{"error": text}`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_v2(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except MeshError as error:
+                headers = {"Retry-After": str(max(1, round(error.retry_after_s)))} if isinstance(error, TransientError) else None
+                return _json({"error": str(error)}, error.status, headers)
+
+        return handle_v2
+
+
+router = APIRouter(prefix="/v2", route_class=_V2Route, tags=["Open Inference Protocol V2"])
+OpenDoors = Annotated[Doors, Depends(doors_of)]
+
+
+@router.get("")
+async def server_metadata() -> Response:
+    """What this server is."""
+    return _json({"name": SERVER, "version": "2", "extensions": EXTENSIONS})
+
+
+@router.get("/health/live")
+async def server_live() -> Response:
+    """The worker answers."""
+    return _json({"live": True})
+
+
+@router.get("/health/ready")
+async def server_ready(doors: OpenDoors) -> Response:
+    """Whether this worker takes requests; it speaks for itself, the admin port for all."""
+    return _json({"ready": doors.ready}, 200 if doors.ready else 503)
+
+
+@router.get("/models/{model}")
+@router.get("/models/{model}/versions/{version}")
+async def model_metadata(doors: OpenDoors, model: str, version: str = "") -> Response:
+    """The model's inputs and outputs."""
+    served = doors.scoring.models.find(model, version_asked(version))
+    inputs, outputs = _specs(inputs_of(served)), _specs(outputs_of(served))
+    return _json({"name": model, "versions": [str(served.version)], "platform": PLATFORM, "inputs": inputs, "outputs": outputs})
+
+
+@router.get("/models/{model}/ready")
+@router.get("/models/{model}/versions/{version}/ready")
+async def model_ready(doors: OpenDoors, model: str, version: str = "") -> Response:
+    """Whether this worker serves the model."""
+    try:
+        doors.scoring.models.find(model, version_asked(version))
+    except NotServed:
+        return _json({"name": model, "ready": False}, 503)
+    return _json({"name": model, "ready": doors.ready}, 200 if doors.ready else 503)
+
+
+@router.post("/models/{model}/infer")
+@router.post("/models/{model}/versions/{version}/infer")
+async def model_infer(request: Request, doors: OpenDoors, model: str, version: str = "", durable: bool = False) -> Response:
+    """Score one tensor a column, each of shape [n] or [n, 1]."""
+    with doors.scoring.admitted():
+        asked, tensors = _parse(await request.body(), request.headers.get(HEADER_LENGTH))
+        scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version))
+        outputs = answer(scored, [output.name for output in asked.outputs])
+        await doors.keep_receipt(scored, durable)
+    binary_default = bool(asked.parameters.get("binary_data_output", False))
+    binary = {output.name: bool(output.parameters.get("binary_data", binary_default)) for output in asked.outputs}
+    head: dict[str, object] = {"model_name": model, "model_version": str(scored.model.version)}
+    if asked.id:
+        head["id"] = asked.id
+    return _format(head, outputs, [binary.get(output.name, binary_default) for output in outputs])
+
+
+def _parse(body: bytes, header_length: str | None) -> tuple[_InferRequest, list[Tensor]]:
+    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
+        raise BadTensor(f"Inference-Header-Content-Length is {header_length!r}, the body has {len(body)} bytes")
+    n_json = int(header_length) if header_length is not None else len(body)
+    try:
+        asked = _InferRequest.model_validate(_loads(body[:n_json]))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:5])
+        raise BadTensor(f"not an inference request: {faults}") from None
+    return asked, list(_tensors(asked.inputs, memoryview(body)[n_json:]))
+
+
+def _tensors(inputs: Sequence[_Input], content: memoryview) -> list[Tensor]:
+    tensors, at = [], 0
+    for given in inputs:
+        size = given.parameters.get("binary_data_size")
+        if size is None:
+            tensors.append(from_values(given.name, given.datatype, given.shape, given.data or []))
+            continue
+        if not isinstance(size, int) or not 0 <= size <= len(content) - at:
+            raise BadTensor(f"input '{given.name}' has binary_data_size {size!r}, {len(content) - at} bytes are left")
+        tensors.append(from_bytes(given.name, given.datatype, given.shape, content[at : at + size]))
+        at += size
+    return tensors
+
+
+def _loads(text: bytes) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        pass  # perhaps a bare NaN, which tritonclient writes and orjson refuses
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadTensor(f"the body is not JSON: {error}") from None
+
+
+def _format(head: dict[str, object], outputs: Sequence[Tensor], binary: Sequence[bool]) -> Response:
+    described, content = [], []
+    for output, as_bytes in zip(outputs, binary, strict=True):
+        shown: dict[str, object] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+        if as_bytes:
+            content.append(to_bytes(output))
+            shown["parameters"] = {"binary_data_size": len(content[-1])}
+        else:
+            shown["data"] = output.data if isinstance(output.data, list) else output.data.ravel().tolist()
+        described.append(shown)
+    text = orjson.dumps({**head, "outputs": described})
+    if not content:
+        return Response(text, media_type="application/json")
+    return Response(b"".join([text, *content]), headers={HEADER_LENGTH: str(len(text))}, media_type="application/octet-stream")
+
+
+def _specs(specs: Sequence[TensorSpec]) -> list[dict[str, object]]:
+    return [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
+
+
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")

@@ -1,0 +1,174 @@
+"""Swapping the version that serves: every step may fail, and then the old one goes on serving."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from mojomesh_chassis.bundles import Bundle, fetch_bundle
+from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError
+from mojomesh_chassis.faults import fault
+from mojomesh_chassis.objects import Objects
+from mojomesh_chassis.telemetry import log
+from mojomesh_contracts.events import ModelDeployed, ModelPromoted, SwapPhase
+from mojomesh_scorer.control import Loaded
+from mojomesh_scorer.errors import WorkerLost
+from mojomesh_scorer.golden import check_golden, golden_rows
+from mojomesh_scorer.identity import new_prediction_ids
+from mojomesh_scorer.pool import Pool, Served
+from mojomesh_scorer.probing import score_in_probe
+from mojomesh_scorer.settings import Settings
+
+
+@dataclass
+class _Swap:
+    """What is known so far of one swap."""
+
+    model: str
+    version: int
+    digest: str
+    previous: Served | None
+    phases: list[SwapPhase] = field(default_factory=list)
+    loaded: list[Loaded] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases.append(SwapPhase(name=name, seconds=time.perf_counter() - start))
+
+
+class Swaps:
+    """The models to serve, and the way to the next version of each."""
+
+    def __init__(self, settings: Settings, objects: Objects, pool: Pool, bundles: Path) -> None:
+        self._settings = settings
+        self._objects = objects
+        self._pool = pool
+        self._bundles = bundles
+        self._promoted: dict[str, ModelPromoted] = {}
+        self._certificates: dict[str, ModelDeployed] = {}
+        self._proven: set[str] = set()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def follow(self, promoted: ModelPromoted) -> ModelDeployed | None:
+        """Serve what was promoted; the certificate says whether it came to that. None for a promotion that is stale.
+
+        A promotion that comes again is answered by its certificate again.
+        """
+        async with self._one_at_a_time:
+            known = self._promoted.get(promoted.model)
+            if known is not None and promoted.promotion < known.promotion:
+                log.info("promotion_stale", model=promoted.model, promotion=promoted.promotion, known=known.promotion)
+                return None
+            if known is not None and promoted.promotion == known.promotion:
+                return self._certificates[promoted.model]
+            certificate = await self._swap(promoted.model, promoted.version, promoted.bundle_digest)
+            self._promoted[promoted.model] = promoted
+            self._certificates[promoted.model] = certificate
+            return certificate
+
+    async def reload(self, model: str, version: int | None, digest: str | None) -> ModelDeployed:
+        """Load and serve by hand, all steps anew: the version named, or the one promoted last.
+
+        Raises:
+            NotFound: Nothing is named, and nothing was promoted.
+        """
+        async with self._one_at_a_time:
+            promoted = self._promoted.get(model)
+            if version is None or digest is None:
+                if promoted is None:
+                    raise NotFound(f"no version of model '{model}' was ever promoted; name version and bundle_digest")
+                version, digest = promoted.version, promoted.bundle_digest
+            self._proven.discard(digest)
+            return await self._swap(model, version, digest)
+
+    async def replay(self, digest: str, inputs: list[float | None]) -> list[float]:
+        """The scores that a bundle gives an encoded row, computed anew from the object store.
+
+        Raises:
+            NotFound: There is no such bundle.
+            BadBundle: It is damaged, or its MOJO does not take such a row.
+        """
+        bundle = await self._fetch(digest)
+        if len(inputs) != len(bundle.schema.columns):
+            raise PermanentError(f"the bundle's model has {len(bundle.schema.columns)} columns, the row has {len(inputs)}")
+        scores = await score_in_probe(bundle.folder, np.array([inputs], dtype=np.float64), self._settings.heap_mb)
+        return [float(score) for score in scores[0]]
+
+    async def _swap(self, model: str, version: int, digest: str) -> ModelDeployed:
+        swap = _Swap(model, version, digest, previous=self._pool.served.get(model))
+        failed_before = await self._pool.failed_requests()
+        try:
+            served = await self._prepare(swap)
+        except (PermanentError, WorkerLost) as error:
+            log.error("swap_failed", model=model, version=version, reason=str(error))
+            return self._certificate(swap, reason=str(error), in_flight=0, drained=True, failed_requests=0)
+        fault("scorer.after_load")
+        with swap.phase("commit"):
+            in_flight = await self._pool.commit(served)
+        with swap.phase("drain"):
+            drained = await self._pool.drain(model, self._settings.drain_s)
+        failed_after = await self._pool.failed_requests()
+        failed = sum(max(0, count - failed_before.get(pid, 0)) for pid, count in failed_after.items())
+        log.info("model_swapped", model=model, version=version, previous=swap.previous.version if swap.previous else None, drained=drained)
+        return self._certificate(swap, reason=None, in_flight=in_flight, drained=drained, failed_requests=failed)
+
+    async def _prepare(self, swap: _Swap) -> Served:
+        """Bring the version to where only the switch is left.
+
+        Raises:
+            PermanentError: The bundle must not be used, or is not there.
+            WorkerLost: Workers die over it.
+        """
+        with swap.phase("fetch and verify"):
+            bundle = await self._fetch(swap.digest)
+            if bundle.manifest.model != swap.model:
+                raise BadBundle(f"the bundle is of model '{bundle.manifest.model}', promoted was '{swap.model}'")
+        if swap.digest not in self._proven:  # a rollback to a version that served before needs no second probe
+            with swap.phase("probe"):
+                await self._probe(bundle)
+            self._proven.add(swap.digest)
+        served = Served(swap.model, swap.version, swap.digest, bundle.folder)
+        with swap.phase("load"):
+            try:
+                swap.loaded = await self._pool.prepare(served)
+            except WorkerLost as error:
+                # It may have died of something else; a bundle that kills workers kills them again.
+                log.warning("worker_lost_in_swap", model=swap.model, reason=str(error))
+                swap.loaded = await self._pool.prepare(served)
+        return served
+
+    async def _fetch(self, digest: str) -> Bundle:
+        return await fetch_bundle(self._objects, digest, self._bundles, self._settings.verifying_key)
+
+    async def _probe(self, bundle: Bundle) -> None:
+        inputs, wanted = golden_rows(bundle.golden, bundle.schema)
+        check_golden(await score_in_probe(bundle.folder, inputs, self._settings.heap_mb), wanted, bundle.golden.tolerance)
+
+    def _certificate(self, swap: _Swap, *, reason: str | None, in_flight: int, drained: bool, failed_requests: int) -> ModelDeployed:
+        return ModelDeployed(
+            event_id=new_prediction_ids(1)[0],  # each attempt is a fact of its own
+            model=swap.model,
+            version=swap.version,
+            previous_version=swap.previous.version if swap.previous else None,
+            bundle_digest=swap.digest,
+            replica=self._settings.replica,
+            succeeded=reason is None,
+            reason=reason,
+            switched_at=datetime.now(UTC),
+            phases=swap.phases,
+            workers=len(swap.loaded),
+            in_flight_at_switch=in_flight,
+            drained=drained,
+            failed_requests=failed_requests,
+            golden_rows=max((loaded.golden_rows for loaded in swap.loaded), default=0),
+            max_golden_difference=max((loaded.max_golden_difference for loaded in swap.loaded), default=0.0),
+        )

@@ -1,0 +1,84 @@
+-- Merge rows into entries of the online store. The whole script is one step for everybody else, so nobody's rows are lost between a
+-- read and a write, and of two rows with one event time the later known stays, in whatever order they arrive.
+--
+-- KEYS: the generation, then the entries. ARGV: rows kept per entry; the generation the rows were loaded under, or '' when they come
+-- from a write; a new generation, should there be none; milliseconds that rows of a write live in an entry that no load made whole;
+-- then for each entry: its name; from which event time on the loaded rows are all there are, or '' when they come from a write; when
+-- they were loaded and how long it took (both ms); milliseconds to live; the number of rows; the rows.
+-- An entry is `<sha1 of the rest>\n<name>\t<generation>\t<complete from>\t<loaded at>\t<load ms>\n` and a line per row, newest first:
+-- `<event time>\t<created at>\t<seq>\t<reported at>\t<values as JSON>\n`; times are microseconds, exact in a double.
+
+local NOTHING_SURE = 9007199254740992 -- 2^53: an entry no load has made whole
+
+local function later(a, b)
+  if a.event ~= b.event then return a.event > b.event end
+  if a.created ~= b.created then return a.created > b.created end
+  return a.seq > b.seq
+end
+
+local function add_line(rows, line)
+  local event, created, seq = line:match('^(%-?%d+)\t(%-?%d+)\t(%d+)\t')
+  local row = {event = tonumber(event), created = tonumber(created), seq = tonumber(seq), line = line}
+  local known = rows[row.event]
+  if not known or later(row, known) then rows[row.event] = row end
+end
+
+local function read(key, name, generation, rows)
+  local value = redis.pcall('GET', key)
+  if type(value) ~= 'string' then return nil end
+  local digest, body = value:match('^(%x+)\n(.*)$')
+  if not digest or redis.sha1hex(body) ~= digest then return nil end
+  local head, lines = body:match('^([^\n]*)\n(.*)$')
+  local its_name, its_generation, complete_from, loaded_at, load_ms = head:match('^([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)$')
+  if its_name ~= name or its_generation ~= generation then return nil end
+  for line in lines:gmatch('[^\n]+') do add_line(rows, line) end
+  return {complete_from = tonumber(complete_from), loaded_at = loaded_at, load_ms = load_ms}
+end
+
+local generation = redis.call('GET', KEYS[1])
+if not generation then
+  generation = ARGV[3]
+  redis.call('SET', KEYS[1], generation)
+end
+if ARGV[2] ~= '' and ARGV[2] ~= generation then return 0 end
+
+local kept, position = tonumber(ARGV[1]), 5
+for n = 2, #KEYS do
+  local key, name, loaded = KEYS[n], ARGV[position], ARGV[position + 1] ~= ''
+  local rows = {}
+  local entry = read(key, name, generation, rows)
+  local was_whole = entry and entry.complete_from < NOTHING_SURE
+  if loaded then
+    entry = {complete_from = tonumber(ARGV[position + 1]), loaded_at = ARGV[position + 2], load_ms = ARGV[position + 3]}
+  elseif not entry then
+    entry = {complete_from = NOTHING_SURE, loaded_at = '0', load_ms = '0'}
+  end
+  local time_to_live, n_rows = ARGV[position + 4], tonumber(ARGV[position + 5])
+  for index = position + 6, position + 5 + n_rows do add_line(rows, ARGV[index]) end
+  position = position + 6 + n_rows
+
+  local ordered = {}
+  for _, row in pairs(rows) do
+    if entry.complete_from == NOTHING_SURE or row.event >= entry.complete_from then ordered[#ordered + 1] = row end
+  end
+  table.sort(ordered, later)
+  local lines = {}
+  for index, row in ipairs(ordered) do
+    if index > kept then
+      if entry.complete_from < NOTHING_SURE then entry.complete_from = row.event + 1 end
+      break
+    end
+    lines[index] = row.line .. '\n'
+  end
+  local body = table.concat({name, generation, string.format('%.0f', entry.complete_from), entry.loaded_at, entry.load_ms}, '\t')
+    .. '\n' .. table.concat(lines)
+  local value = redis.sha1hex(body) .. '\n' .. body
+  if loaded then
+    redis.call('SET', key, value, 'PX', time_to_live)
+  elseif was_whole then
+    redis.call('SET', key, value, 'KEEPTTL')
+  else
+    redis.call('SET', key, value, 'PX', ARGV[4])
+  end
+end
+return 1

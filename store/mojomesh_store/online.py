@@ -1,0 +1,304 @@
+"""The online store: the newest rows of an entity in one Redis value, which proves that it is what was asked for.
+
+Redis only ever saves time. A value counts if its checksum, name and generation are right and its rows are known to be all there are
+from some event time on; what it cannot answer for certain is a miss, and PostgreSQL answers. Writes are merged into what reads have
+loaded, by `online.lua`. Redis should keep nothing over a restart, or what was merged after its last save is missing until it expires.
+"""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import orjson
+from prometheus_client import Counter
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.telemetry import log
+from mojomesh_contracts.events import FeaturesWritten, FeatureValue, RowKey
+from mojomesh_store.tables import FeatureRow
+
+_READS = Counter("mojomesh_online_reads_total", "Entities asked of Redis by what it knew", ["outcome"])
+
+LAYOUT = 1  # of keys and values; a change of either takes another number
+ROWS_KEPT = 8
+ENTRY_TTL_MS = 10 * 60 * 1000
+EMPTY_TTL_MS = 30 * 1000  # of an entity without rows: anybody may ask for any name
+UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load: must outlive every load that may have missed them
+LONGEST_LOAD_MS = 5 * 1000
+BETA = 1.0  # of XFetch: above 1 refreshes earlier
+KEYS_A_CALL = 100  # a script holds up everybody else
+GENERATION = f"mojomesh:online:{LAYOUT}:generation"
+
+EVER = -(2**53)
+"""`complete_from` of an entity of which every row is there."""
+_NOTHING_SURE = 2**53
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+Entity = tuple[str, str]
+"""Feature set and entity_id."""
+
+
+def microseconds(time: datetime) -> int:
+    """Since 1970, exactly."""
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def moment(us: int) -> datetime:
+    """The inverse of `microseconds`, in UTC."""
+    return _EPOCH + timedelta(microseconds=us)
+
+
+class OnlineRow(NamedTuple):
+    """A feature row as the online store keeps it, in the order that decides which one wins; times in microseconds since 1970."""
+
+    event_us: int
+    created_us: int
+    seq: int
+    reported_us: int
+    vector: bytes  # `values` as JSON
+
+    @classmethod
+    def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
+        times = (microseconds(row.event_time), microseconds(row.created_at), row.seq, microseconds(row.reported_at))
+        return cls(*times, orjson.dumps(row.values))
+
+    @property
+    def values(self) -> dict[str, FeatureValue]:
+        values: dict[str, FeatureValue] = orjson.loads(self.vector)
+        return values
+
+    def key(self, entity: Entity) -> RowKey:
+        return RowKey(
+            feature_set=entity[0],
+            entity_id=entity[1],
+            event_time=moment(self.event_us),
+            created_at=moment(self.created_us),
+            seq=self.seq,
+        )
+
+    @property
+    def _line(self) -> bytes:
+        return b"%d\t%d\t%d\t%d\t%b" % self
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The newest rows of an entity, newest first, one per event time; from `complete_from` on there are no others."""
+
+    rows: tuple[OnlineRow, ...]
+    complete_from: int
+
+    @classmethod
+    def of(cls, newest: Sequence[OnlineRow], asked: int) -> "Window":
+        """Of the `asked` newest rows, newest first, corrections before what they correct."""
+        firsts: dict[int, OnlineRow] = {}
+        for row in newest:
+            firsts.setdefault(row.event_us, row)
+        rows = tuple(firsts.values())
+        return cls(rows, EVER if len(newest) < asked else rows[-1].event_us)
+
+    def at(self, event_us: int) -> OnlineRow | None:
+        """The row that was true at an event time that the window `covers`; None if there is none."""
+        return next((row for row in self.rows if row.event_us <= event_us), None)
+
+    def covers(self, event_us: int) -> bool:
+        """Whether `at` is certain to be right."""
+        return event_us >= self.complete_from
+
+
+class Unanswered(Exception):
+    """Redis did not answer, or is not asked for a while because it did not."""
+
+
+@dataclass
+class Breaker:
+    """Stops asking a server that does not answer, and lets one call try again after a while.
+
+    Three failures in a row open it: then a frozen Redis costs nobody its time-out but the one call that tries.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    failures_allowed: int = 3
+    open_s: float = 2.0
+    _failures: int = 0
+    _closed_again_at: float = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._failures >= self.failures_allowed and self.clock() < self._closed_again_at
+
+    def failed(self) -> None:
+        self._failures += 1
+        self._closed_again_at = self.clock() + self.open_s
+
+    def try_now(self) -> None:
+        """Called before a call: if this is the one that tries, the others go on doing without."""
+        if self._failures >= self.failures_allowed:
+            self._closed_again_at = self.clock() + self.open_s
+
+    def succeeded(self) -> None:
+        self._failures = 0
+
+
+@dataclass
+class OnlineStore:
+    """The newest rows of entities, in Redis. Reading never raises: what Redis does not know is a miss.
+
+    Args:
+        clock: Seconds since 1970.
+        chance: Uniform in (0, 1]; XFetch's dice.
+    """
+
+    redis: Redis
+    breaker: Breaker = field(default_factory=Breaker)
+    clock: Callable[[], float] = time.time
+    chance: Callable[[], float] = lambda: 1.0 - random.random()
+    # Writes that Redis did not take: until they are repeated, whole entries may lack them, so none is believed.
+    _missed_writes: bool = False
+
+    def __post_init__(self) -> None:
+        self._merge = self.redis.register_script((Path(__file__).parent / "online.lua").read_text())
+
+    async def windows(self, entities: Sequence[Entity]) -> tuple[str | None, list[Window | None]]:
+        """What Redis knows of each entity, in one round trip, and the generation to `keep` what had to be loaded under.
+
+        None is a miss: nothing there, somebody else's or a damaged value, no answer, or XFetch's turn to load anew.
+        """
+        nothing: list[Window | None] = [None] * len(entities)
+        if self._missed_writes:
+            return None, nothing
+        try:
+            found = await self._asking(self.redis.mget([GENERATION, *(_key(entity) for entity in entities)]))
+            if not isinstance(found, list) or len(found) != len(entities) + 1 or not isinstance(found[0], bytes | None):
+                log.warning("redis_answered_something_else")
+                return None, nothing
+            generation = None if found[0] is None else found[0].decode("ascii", "replace")
+            if generation is None:
+                await self._asking(self.redis.set(GENERATION, str(uuid4()), nx=True))
+                return None, nothing
+        except Unanswered:
+            _READS.labels("unanswered").inc(len(entities))
+            return None, nothing
+        if self._missed_writes:  # meanwhile
+            return None, nothing
+        windows = [self._read(entity, generation, value) for entity, value in zip(entities, found[1:], strict=True)]
+        hits = sum(window is not None for window in windows)
+        _READS.labels("hit").inc(hits)
+        _READS.labels("miss").inc(len(windows) - hits)
+        return generation, windows
+
+    async def keep(self, generation: str | None, loaded: Mapping[Entity, Window], load_ms: float) -> None:
+        """Keep what was loaded for those who ask next; without an answer from Redis it is not kept."""
+        if generation is None or load_ms > LONGEST_LOAD_MS:
+            return
+        loaded_at = int(self.clock() * 1000)
+        parts = {
+            entity: [
+                window.complete_from,
+                loaded_at,
+                f"{load_ms:.3f}",
+                ENTRY_TTL_MS if window.rows else EMPTY_TTL_MS,
+                len(window.rows),
+                *(row._line for row in window.rows),
+            ]
+            for entity, window in loaded.items()
+        }
+        try:
+            await self._merging(parts, generation)
+        except Unanswered as error:
+            log.info("rows_not_kept", n=len(loaded), reason=str(error))
+
+    async def merge(self, written: Iterable[tuple[Entity, OnlineRow]]) -> None:
+        """Let reads know of rows that were written; repeating it, in any order, changes nothing.
+
+        Raises:
+            TransientError: Redis did not take all; until it does, reads of this process do without it, and then everything is loaded anew.
+        """
+        rows: dict[Entity, list[OnlineRow]] = {}
+        for entity, row in written:
+            rows.setdefault(entity, []).append(row)
+        parts = {entity: ["", 0, 0, 0, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
+        try:
+            if self._missed_writes:
+                await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
+            await self._merging(parts, "", anyway=True)
+        except Unanswered as error:
+            self._missed_writes = True
+            raise TransientError(f"Redis does not take rows, reads go to PostgreSQL: {error}", retry_after_s=0.25) from error
+        self._missed_writes = False
+
+    async def _merging(self, parts: Mapping[Entity, list[Any]], generation: str, anyway: bool = False) -> None:
+        entities = iter(parts.items())
+        while some := list(islice(entities, KEYS_A_CALL)):
+            keys = [GENERATION, *(_key(entity) for entity, _ in some)]
+            arguments: list[Any] = [ROWS_KEPT, generation, str(uuid4()), UNLOADED_TTL_MS]
+            for entity, part in some:
+                arguments += [_name(entity), *part]
+            await self._asking(self._merge(keys, arguments), anyway)
+
+    async def _asking(self, command: Any, anyway: bool = False) -> Any:
+        """A command's answer, through the breaker; `anyway` asks even if it is open (writes must get through in the end)."""
+        if self.breaker.is_open and not anyway:
+            command.close()
+            raise Unanswered("Redis has not answered lately")
+        self.breaker.try_now()
+        try:
+            answer = await command
+        except (RedisError, OSError) as error:
+            self.breaker.failed()
+            raise Unanswered(repr(error)) from error
+        self.breaker.succeeded()
+        return answer
+
+    def _read(self, entity: Entity, generation: str, value: object) -> Window | None:
+        if not isinstance(value, bytes):
+            return None
+        digest, _, body = value.partition(b"\n")
+        head, _, lines = body.partition(b"\n")
+        if hashlib.sha1(body, usedforsecurity=False).hexdigest().encode() != digest:
+            log.warning("online_value_damaged", feature_set=entity[0], entity_id=entity[1])
+            return None
+        name, its_generation, complete_from, loaded_at, load_ms = head.split(b"\t")
+        if name != _name(entity):
+            log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
+            return None
+        if (
+            its_generation.decode() != generation
+            or int(complete_from) == _NOTHING_SURE
+            or self._turn_to_load(int(loaded_at), float(load_ms))
+        ):
+            return None
+        return Window(tuple(_row(line) for line in lines.split(b"\n") if line), int(complete_from))
+
+    def _turn_to_load(self, loaded_at_ms: int, load_ms: float) -> bool:
+        """Probabilistic early expiration: near its end a value is loaded anew by one reader or two, not by all at once.
+
+        Source:
+            Vattani, Chierichetti, Lowenstein (2015), Optimal Probabilistic Cache Stampede Prevention, VLDB 8(8), algorithm XFetch.
+        """
+        return self.clock() * 1000 - load_ms * BETA * math.log(self.chance()) >= loaded_at_ms + ENTRY_TTL_MS
+
+
+def _key(entity: Entity) -> str:
+    # The layout's number, not the feature set's version: while replicas learn of a new version, writes must reach what others read.
+    return f"mojomesh:online:{LAYOUT}:{entity[0]}:{entity[1]}"
+
+
+def _name(entity: Entity) -> bytes:
+    return orjson.dumps(entity)  # escapes tabs and line ends
+
+
+def _row(line: bytes) -> OnlineRow:
+    event_us, created_us, seq, reported_us, vector = line.split(b"\t", 4)
+    return OnlineRow(int(event_us), int(created_us), int(seq), int(reported_us), vector)

@@ -324,7 +324,16 @@ def _swaps(run: Run) -> list[said.Swap]:
 
 
 async def _drift(run: Run) -> list[said.DriftWindow]:
-    return [said.DriftWindow.model_validate(window) for window in (await run.mesh.drift())["windows"]]
+    return [
+        said.DriftWindow(
+            version=window["version"],
+            window_from=window["window_from"],
+            window_to=window["window_to"],
+            psi={name: column["psi"] for name, column in window["columns"].items()},
+            psi_threshold={name: column["psi_threshold"] for name, column in window["columns"].items()},
+        )
+        for window in (await run.mesh.drift())["windows"]
+    ]
 
 
 async def _lineage(run: Run, served: Served) -> said.Lineage:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 import typer
 
@@ -26,6 +27,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+
+# Other packages add commands of their own, as the demo does.
+for added in entry_points(group="mojomesh.commands"):
+    app.command(name=added.name, rich_help_panel="More")(added.load())
 
 
 def main() -> None:

@@ -70,11 +70,11 @@ class Trainer:
 
     async def work(self) -> None:
         """Take runs, until cancelled."""
-        me = f"{self.settings.replica}/{uuid4().hex[:8]}"
+        process = uuid4().hex[:8]
         while True:
             try:
                 async with self.database.begin() as db:
-                    run = await tables.lease_run(db, me, self.settings.lease_s)
+                    run = await tables.lease_run(db, self.settings.replica, process, self.settings.lease_s)
                 if run is None:
                     await self.bell.heard()
                 else:
@@ -102,9 +102,9 @@ class Trainer:
     async def _end(self, run: Run) -> None:
         with tracer.start_as_current_span(f"train {run.model}"):
             try:
-                if run.tries > self.settings.tries:
-                    raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                 if run.state != "announcing":
+                    if run.tries > self.settings.tries:
+                        raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                     await self._train(run)
                 await self._announce(run)
             except TransientError as error:

@@ -31,7 +31,7 @@ WARMER = 60.0
 N_ASKED = 6_000
 Json = dict[str, Any]
 
-BAD = {
+BAD: dict[str, Json] = {
     "unknown field": {"values": {"carrier": "UA", "colour": "red"}},
     "not a number": {"values": {"carrier": "UA", "distance": "far"}},
     "below its minimum": {"values": {"carrier": "UA", "distance": -1}},
@@ -194,9 +194,8 @@ async def february(january: Client, ledger: Ledger, year: Year) -> Client:
     asked = [fact for fact in facts if fact.feature_set == "flights"][:N_ASKED]
     requests = [ScoreRequested(event_id=uuid4(), model=MODEL, entity_id=fact.entity_id, event_time=fact.event_time) for fact in asked]
     ledger.asked |= {request.event_id: str(request.entity_id) for request in requests}
-    await client.publish(
-        ScoreRequested.topic.name, [(request.partition_key.encode(), request.model_dump_json().encode()) for request in requests]
-    )
+    records = [(request.partition_key.encode(), request.model_dump_json().encode()) for request in requests]
+    await client.publish(ScoreRequested.topic.name, records)
     await until(lambda: serves(client, 2), 420, "version 2 does not serve")
     return client
 
@@ -206,7 +205,7 @@ async def tell_bad(client: Client, ledger: Ledger) -> None:
     records = []
     for reason, changes in BAD.items():
         event_id = uuid4()
-        event = {
+        event: Json = {
             "event_id": str(event_id),
             "feature_set": "flights",
             "entity_id": "XX1",

@@ -16,11 +16,10 @@ import tritonclient.http.aio as v2_http
 
 from mojomesh_chassis.objects import open_objects
 from mojomesh_contracts.bundles import SIGNATURE_FILE, SIGNED_FILES
-from mojomesh_contracts.events import EventReceived, ModelPromoted, PredictionsMade, ScoreRequested
+from mojomesh_contracts.events import EventReceived, PredictionsMade, ScoreRequested
 from mojomesh_flights.dataset import Year
 from mojomesh_trainer.runners import API_KEY
-
-from .conftest import MODEL, Client, Json, Ledger, alerts, certificates, settled, told_id, until
+from tests.mesh.conftest import MODEL, Client, Json, Ledger, alerts, certificates, settled, told_id, until
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(900)]
 
@@ -60,9 +59,8 @@ async def test_mage_and_h2o_know_the_runs_that_the_manifest_names(january: Clien
         account = {"email": env["MOJOMESH_MAGE_EMAIL"], "password": env["MOJOMESH_MAGE_PASSWORD"]}
         mage.cookies.set("oauth_token", (await mage.post("/api/sessions", json={"session": account})).json()["session"]["token"])
         run = (await mage.get(f"/api/pipeline_runs/{manifest['pipeline_run']}")).json()["pipeline_run"]
-        blocks = (await mage.get("/api/block_runs", params={"pipeline_run_id": manifest["pipeline_run"], "_limit": 100})).json()[
-            "block_runs"
-        ]
+        asked = {"pipeline_run_id": manifest["pipeline_run"], "_limit": 100}
+        blocks = (await mage.get("/api/block_runs", params=asked)).json()["block_runs"]
     jobs = [(await january.http.get(f"{env['MOJOMESH_H2O']}/3/Jobs/{fold['h2o_job']}")).json()["jobs"][0] for fold in manifest["folds"]]
 
     assert manifest["fold_runner"] == "mage"
@@ -73,9 +71,8 @@ async def test_mage_and_h2o_know_the_runs_that_the_manifest_names(january: Clien
 
 async def test_every_door_gives_one_flight_the_same_score(january: Client, year: Year) -> None:
     entity, at = a_flight(year)
-    vector = (
-        await january.json("POST", "features", "/v1/features:lookup", {"model": MODEL, "rows": [{"entity_id": entity, "event_time": at}]})
-    )["rows"][0]["values"]
+    asked = {"model": MODEL, "rows": [{"entity_id": entity, "event_time": at}]}
+    vector = (await january.json("POST", "features", "/v1/features:lookup", asked))["rows"][0]["values"]
 
     native = await january.json("POST", "scorer", f"/v1/models/{MODEL}:score", {"entity_id": entity, "event_time": at})
     by_values = await january.json("POST", "scorer", f"/v1/models/{MODEL}:score", {"values": vector})
@@ -119,13 +116,8 @@ async def test_a_prediction_leads_back_to_its_rows_and_is_recomputed_bit_for_bit
 
 
 async def test_the_same_event_twice_is_stored_once(january: Client, ledger: Ledger) -> None:
-    event = EventReceived(
-        event_id=uuid4(),
-        feature_set="flights",
-        entity_id="TWICE1",
-        event_time=datetime.fromisoformat("2013-01-20T12:00:00+00:00"),
-        values={},
-    )
+    noon = datetime.fromisoformat("2013-01-20T12:00:00+00:00")
+    event = EventReceived(event_id=uuid4(), feature_set="flights", entity_id="TWICE1", event_time=noon, values={})
     body = event.model_dump(mode="json")
     for _ in range(2):
         await january.json("POST", "ingest", "/v1/events", body)
@@ -175,21 +167,11 @@ async def test_a_bad_bundle_never_serves(january: Client) -> None:
     for name in (*SIGNED_FILES, SIGNATURE_FILE):
         content = await objects.get(f"bundles/{champion['bundle_digest']}/{name}")
         await objects.put(f"bundles/{bad}/{name}", content.replace(b'"tolerance"', b'"tolerance" ') if name == "golden.json" else content)
-    promoted = ModelPromoted(
-        event_id=uuid4(),
-        model=MODEL,
-        version=99,
-        bundle_digest=bad,
-        promotion=champion["promotion"],
-        promoted_at=datetime.now().astimezone(),
-        cause="hand",
-        caused_by=uuid4(),
-    )
     answer = await january.ask("POST", "admin", "/admin/reload-model", {"model": MODEL, "version": 99, "bundle_digest": bad})
 
     assert answer.status_code == 409, answer.text
     assert not answer.json()["succeeded"]
-    assert promoted.bundle_digest in answer.json()["reason"]
+    assert bad in answer.json()["reason"]
     assert await january.serving() == champion["version"]
 
 
@@ -214,11 +196,8 @@ async def test_drift_retrains_the_model_by_itself_while_processes_are_killed(feb
 
     assert february.armed() == []  # every point was reached, and its process killed there
     assert alert.feature in ("weather.temp", "weather.dewp", "score")
-    assert second["manifest"]["cause"] == {
-        "kind": "drift",
-        "event_id": str(alert.event_id),
-        "reason": second["manifest"]["cause"]["reason"],
-    }
+    cause = second["manifest"]["cause"]
+    assert (cause["kind"], cause["event_id"]) == ("drift", str(alert.event_id))
     assert len((await february.json("GET", "registry", f"/v1/models/{MODEL}"))["versions"]) == 2
     assert {(certificate.version, certificate.succeeded) for certificate in await certificates(february)} >= {(1, True), (2, True)}
 

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,9 +78,22 @@ def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
 
 
 def _resolve(endpoint: str) -> dict[str, Path]:
-    import jgo  # here, since every command imports this module and none but set-up resolves anything
+    # Here, since every command imports this module and none but set-up resolves anything.
+    import jgo
+    from requests import RequestException
 
-    return {artifact.filename: artifact.resolve() for artifact in jgo.resolve(endpoint)}
+    pauses_s = iter((1, 5))
+    while True:
+        try:
+            return {artifact.filename: artifact.resolve() for artifact in jgo.resolve(endpoint)}
+        except RequestException as error:
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
+                raise LocalError(
+                    f"{endpoint} could not be fetched: {error}\nIs there a way to the Maven repository? Behind a proxy with a certificate "
+                    "authority of its own, name that in REQUESTS_CA_BUNDLE. Then run `make setup` again."
+                ) from error
+            time.sleep(pause_s)
 
 
 def compile_block_scorer() -> None:
@@ -112,8 +126,15 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _main() -> None:
+    try:
+        if "--pin" in sys.argv:
+            write_pins()
+        fetch_jars()
+        compile_block_scorer()
+    except LocalError as error:
+        sys.exit(f"mojomesh: {error}")
+
+
 if __name__ == "__main__":
-    if "--pin" in sys.argv:
-        write_pins()
-    fetch_jars()
-    compile_block_scorer()
+    _main()

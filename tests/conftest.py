@@ -7,19 +7,24 @@ Kafka from containers instead of the embedded ones; the tests do not notice.
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import OffsetAndMetadata
 from redis import Redis as RedisClient
 
 from mojomesh_chassis.topics import declared_topics, ensure_topics
+from mojomesh_contracts.events import Event
 from mojomesh_local import ports
 from mojomesh_local.h2o import H2O
 from mojomesh_local.kafka import Kafka
@@ -156,6 +161,65 @@ async def kafka(kafka_server: str) -> AsyncIterator[str]:
         await _until_topics_are(admin, set())
     finally:
         await admin.close()
+
+
+class Records:
+    """A plain Kafka client for tests: sends, reads a whole topic, and waits until a group has handled all there is."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self.bootstrap = bootstrap
+
+    async def send(
+        self, topic: str, *values: bytes | None, key: bytes | None = None, headers: Sequence[tuple[str, bytes | None]] = (), **options: Any
+    ) -> None:
+        """Send values as they are; with a key, all go to one partition in their order."""
+        async with AIOKafkaProducer(bootstrap_servers=self.bootstrap, max_request_size=2**26, **options) as producer:
+            for sent in [await producer.send(topic, value, key=key, headers=list(headers)) for value in values]:
+                await sent
+
+    async def publish(self, *events: Event) -> None:
+        """Send events as a client that knows the contracts does."""
+        async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:
+            for event in events:
+                await producer.send(event.topic.name, event.model_dump_json().encode(), key=event.partition_key.encode())
+            await producer.flush()
+
+    async def read(self, topic: str) -> list[ConsumerRecord]:
+        """Every record that is in the topic now, by partition."""
+        consumer = AIOKafkaConsumer(topic, bootstrap_servers=self.bootstrap, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            found: list[ConsumerRecord] = []
+            ends = await consumer.end_offsets(consumer.assignment())
+            while any([await consumer.position(partition) < end for partition, end in ends.items()]):
+                for records in (await consumer.getmany(timeout_ms=100)).values():
+                    found += records
+            return sorted(found, key=lambda record: (record.partition, record.offset))
+        finally:
+            await consumer.stop()
+
+    async def until_handled(self, group: str, topic: str) -> None:
+        """Wait until the group has committed everything that is in the topic now."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+        consumer = AIOKafkaConsumer(topic, bootstrap_servers=self.bootstrap)
+        await admin.start()
+        await consumer.start()
+        try:
+            ends = await consumer.end_offsets(consumer.assignment())
+            committed: dict[TopicPartition, OffsetAndMetadata] = {}
+            while any(end and (partition not in committed or committed[partition].offset < end) for partition, end in ends.items()):
+                await asyncio.sleep(0.02)
+                with suppress(GroupCoordinatorNotAvailableError):  # for a moment, when the first group of all is made
+                    committed = await admin.list_consumer_group_offsets(group)
+        finally:
+            await consumer.stop()
+            await admin.close()
+
+
+@pytest.fixture
+def records(kafka: str) -> Records:
+    """Sends and reads records of this test's Kafka."""
+    return Records(kafka)
 
 
 async def _until_topics_are(admin: AIOKafkaAdminClient, wanted: set[str]) -> None:

@@ -1,5 +1,6 @@
 """Bundles in the object store: written once, addressed by digest, signed as a whole, vetted before anything loads them."""
 
+import asyncio
 import hashlib
 import shutil
 import stat
@@ -172,9 +173,9 @@ async def fetch_bundle(objects: Objects, digest: str, folder: Path, public_key: 
                 (arriving / name).write_bytes(await objects.get(f"bundles/{digest}/{name}"))
             if (found := digest_of(arriving)) != digest:
                 raise BadBundle(f"the object store holds another bundle under {digest}: its digest is {found}")
-            verify_bundle(arriving, public_key)
+            await asyncio.to_thread(verify_bundle, arriving, public_key)
             if not target.is_dir():
                 arriving.rename(target)
         finally:
             shutil.rmtree(arriving, ignore_errors=True)
-    return verify_bundle(target, public_key)
+    return await asyncio.to_thread(verify_bundle, target, public_key)

@@ -8,15 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import asyncpg
 import orjson
 from sqlalchemy import BigInteger, Column, DateTime, Identity, Index, MetaData, Table, Text, Uuid, delete, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.database import Database
-from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.publishing import Publisher
@@ -48,14 +46,21 @@ def outbox_table(metadata: MetaData) -> Table:
 
 
 async def save_events(db: AsyncSession, outbox: Table, events: Sequence[Event]) -> None:
-    """Save `events` to be sent once this transaction is committed; one that is there already is sent again."""
+    """Save `events` to be sent once this transaction is committed; one that is there already is sent again.
+
+    Raises:
+        PermanentError: An event is larger than its topic allows. Found later, it would hold up all that come after it.
+    """
     for event in events:
+        payload = event.model_dump(mode="json")
+        if (size := len(orjson.dumps(payload))) > event.topic.max_bytes:
+            raise PermanentError(f"too large: {size} bytes, {event.topic.name} takes {event.topic.max_bytes}")
         row = insert(outbox).values(
             id=event.event_id,
             aggregatetype=event.topic.name,
             aggregateid=event.partition_key,
             type=type(event).__name__,
-            payload=event.model_dump(mode="json"),
+            payload=payload,
             headers=trace_headers(),
         )
         await db.execute(row.on_conflict_do_update(index_elements=["id"], set_={"sent_at": None}))
@@ -87,7 +92,7 @@ class Relay:
             self._wake.clear()
             try:
                 sent = await self.send_batch()
-            except (TransientError, SQLAlchemyError, asyncpg.PostgresError, OSError) as error:
+            except TransientError as error:
                 log.warning("outbox_waits", outbox=str(self._outbox), reason=repr(error))
                 sent = 0
             if sent < BATCH:

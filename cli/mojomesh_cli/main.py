@@ -1,11 +1,13 @@
 """The `mojomesh` command. Each family of commands is a module of plain functions; here they get their names."""
 
 import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 
 import typer
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_cli import stack
+from mojomesh_cli import definitions, models, stack
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -17,8 +19,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate):
-    app.command(rich_help_panel="The mesh on this machine")(command)
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "The mesh on this machine": (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate),
+    "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback),
+}
+
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+
+# Other packages add commands of their own, as the demo does.
+for added in entry_points(group="mojomesh.commands"):
+    app.command(name=added.name, rich_help_panel="More")(added.load())
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What users declare in YAML: feature sets and models."""
 
 import re
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Any, Literal
@@ -52,15 +53,22 @@ class Feature(Definition):
 
     def problem(self, value: FeatureValue) -> str | None:
         """Why `value` cannot be this feature, in words; None if it can. Missing (None) always can."""
+        # Called for every value of every event: the usual case first, and no more than it needs.
         if value is None:
             return None
+        kind = type(value)
+        if self.type == "number":
+            if kind is not float and kind is not int:
+                return f"must be a number, is {value!r}"
+            return self._problem_of_number(value)  # type: ignore[arg-type]
         if self.type == "category":
-            return None if isinstance(value, str) else f"must be a text (category), is {value!r}"
-        if self.type == "boolean":
-            return None if isinstance(value, bool) else f"must be true or false, is {value!r}"
-        if isinstance(value, bool | str):
-            return f"must be a number, is {value!r}"
-        if value != value or value in (float("inf"), float("-inf")):
+            return None if kind is str else f"must be a text (category), is {value!r}"
+        return None if kind is bool else f"must be true or false, is {value!r}"
+
+    def _problem_of_number(self, value: float) -> str | None:
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            if isinstance(value, int):
+                return "is an integer too large to be a number"
             return f"must be a finite number, is {value!r}; leave the feature out if it is missing"
         if self.min is not None and value < self.min:
             return f"is {value!r}, less than the minimum {self.min:g}"

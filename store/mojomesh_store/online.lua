@@ -6,9 +6,10 @@
 -- then for each entry: its name; from which event time on the loaded rows are all there are, or '' when they come from a write; when
 -- they were loaded and how long it took (both ms); milliseconds to live; the number of rows; the rows.
 -- An entry is `<sha1 of the rest>\n<name>\t<generation>\t<complete from>\t<loaded at>\t<load ms>\n` and a line per row, newest first:
--- `<event time>\t<created at>\t<seq>\t<reported at>\t<values as JSON>\n`; times are microseconds, exact in a double.
+-- `<event time>\t<created at>\t<seq>\t<reported at>\t<values as JSON>\n`; times are microseconds, exact in a double. Rows before
+-- `complete from` are left out; an entry that no load has made whole (loaded at 0) may lack later ones too.
 
-local NOTHING_SURE = 9007199254740992 -- 2^53: an entry no load has made whole
+local EVER = -9007199254740992 -- -2^53
 
 local function later(a, b)
   if a.event ~= b.event then return a.event > b.event end
@@ -18,6 +19,7 @@ end
 
 local function add_line(rows, line)
   local event, created, seq = line:match('^(%-?%d+)\t(%-?%d+)\t(%d+)\t')
+  if not event then return end
   local row = {event = tonumber(event), created = tonumber(created), seq = tonumber(seq), line = line}
   local known = rows[row.event]
   if not known or later(row, known) then rows[row.event] = row end
@@ -29,8 +31,9 @@ local function read(key, name, generation, rows)
   local digest, body = value:match('^(%x+)\n(.*)$')
   if not digest or redis.sha1hex(body) ~= digest then return nil end
   local head, lines = body:match('^([^\n]*)\n(.*)$')
+  if not head then return nil end
   local its_name, its_generation, complete_from, loaded_at, load_ms = head:match('^([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)$')
-  if its_name ~= name or its_generation ~= generation then return nil end
+  if its_name ~= name or its_generation ~= generation or not tonumber(complete_from) then return nil end
   for line in lines:gmatch('[^\n]+') do add_line(rows, line) end
   return {complete_from = tonumber(complete_from), loaded_at = loaded_at, load_ms = load_ms}
 end
@@ -47,11 +50,12 @@ for n = 2, #KEYS do
   local key, name, loaded = KEYS[n], ARGV[position], ARGV[position + 1] ~= ''
   local rows = {}
   local entry = read(key, name, generation, rows)
-  local was_whole = entry and entry.complete_from < NOTHING_SURE
+  entry = entry or {complete_from = EVER, loaded_at = '0', load_ms = '0'}
+  local was_whole = entry.loaded_at ~= '0'
   if loaded then
-    entry = {complete_from = tonumber(ARGV[position + 1]), loaded_at = ARGV[position + 2], load_ms = ARGV[position + 3]}
-  elseif not entry then
-    entry = {complete_from = NOTHING_SURE, loaded_at = '0', load_ms = '0'}
+    -- Rows that were left out since the load began are not in what it loaded: what was incomplete so far back stays so.
+    local complete_from = math.max(entry.complete_from, tonumber(ARGV[position + 1]))
+    entry = {complete_from = complete_from, loaded_at = ARGV[position + 2], load_ms = ARGV[position + 3]}
   end
   local time_to_live, n_rows = ARGV[position + 4], tonumber(ARGV[position + 5])
   for index = position + 6, position + 5 + n_rows do add_line(rows, ARGV[index]) end
@@ -59,13 +63,14 @@ for n = 2, #KEYS do
 
   local ordered = {}
   for _, row in pairs(rows) do
-    if entry.complete_from == NOTHING_SURE or row.event >= entry.complete_from then ordered[#ordered + 1] = row end
+    if row.event >= entry.complete_from then ordered[#ordered + 1] = row end
   end
   table.sort(ordered, later)
   local lines = {}
   for index, row in ipairs(ordered) do
     if index > kept then
-      if entry.complete_from < NOTHING_SURE then entry.complete_from = row.event + 1 end
+      -- Not one above the row left out: that one is the answer up to the next.
+      entry.complete_from = ordered[kept].event
       break
     end
     lines[index] = row.line .. '\n'

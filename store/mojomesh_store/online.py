@@ -41,7 +41,7 @@ GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
-_NOTHING_SURE = 2**53
+_NEVER = b"0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -94,7 +94,7 @@ class OnlineRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The newest rows of an entity, newest first, one per event time; from `complete_from` on there are no others."""
+    """The newest rows of an entity, newest first, one per event time; it knows the row true at any time from `complete_from` on."""
 
     rows: tuple[OnlineRow, ...]
     complete_from: int
@@ -265,21 +265,23 @@ class OnlineStore:
         if not isinstance(value, bytes):
             return None
         digest, _, body = value.partition(b"\n")
-        head, _, lines = body.partition(b"\n")
         if hashlib.sha1(body, usedforsecurity=False).hexdigest().encode() != digest:
             log.warning("online_value_damaged", feature_set=entity[0], entity_id=entity[1])
             return None
-        name, its_generation, complete_from, loaded_at, load_ms = head.split(b"\t")
+        try:
+            head, *lines = body.removesuffix(b"\n").split(b"\n")
+            name, its_generation, complete_from, loaded_at, load_ms = head.split(b"\t")
+            window = Window(tuple(_row(line) for line in lines), int(complete_from))
+            old = self._turn_to_load(int(loaded_at), float(load_ms))
+        except ValueError:
+            log.warning("online_value_of_another_layout", feature_set=entity[0], entity_id=entity[1])
+            return None
         if name != _name(entity):
             log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
             return None
-        if (
-            its_generation.decode() != generation
-            or int(complete_from) == _NOTHING_SURE
-            or self._turn_to_load(int(loaded_at), float(load_ms))
-        ):
+        if old or loaded_at == _NEVER or its_generation.decode("utf-8", "replace") != generation:
             return None
-        return Window(tuple(_row(line) for line in lines.split(b"\n") if line), int(complete_from))
+        return window
 
     def _turn_to_load(self, loaded_at_ms: int, load_ms: float) -> bool:
         """Probabilistic early expiration: near its end a value is loaded anew by one reader or two, not by all at once.

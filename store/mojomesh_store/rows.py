@@ -26,21 +26,17 @@ def _reading_rows(sql: str) -> TextClause:
     return text(sql.replace("ROW_COLUMNS", ", ".join(f'row."{column.name}"' for column in feature_rows.c)))
 
 
-# seq is drawn in the order of arrival, so that of two corrections in one batch the later wins; rows are inserted in the order of their
-# key, because two writers that insert the same keys in opposite orders deadlock.
+# Two writers that insert the same keys in opposite orders deadlock: hence ORDER BY.
 _INSERT = text("""
     INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
     SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
-    FROM (
-        SELECT *, nextval('store.feature_row_seq') AS seq
-        FROM unnest(
-            CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
-            CAST(:reported_ats AS timestamptz[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
-        ) AS arrived (feature_set, entity_id, event_time, reported_at, event_id, vector)
-    ) AS numbered
+    FROM unnest(
+        CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
+        CAST(:reported_ats AS timestamptz[]), CAST(:seqs AS bigint[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
+    ) AS arrived (feature_set, entity_id, event_time, reported_at, seq, event_id, vector)
     ORDER BY feature_set, event_time, event_id
     ON CONFLICT DO NOTHING
-    RETURNING feature_set, event_time, event_id, seq
+    RETURNING seq
 """)
 
 _STORED = _reading_rows("""
@@ -153,8 +149,10 @@ async def _write_time(db: AsyncSession) -> datetime:
 
 
 async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_at: datetime) -> dict[RowId, FeatureRow]:
+    """Insert what is new; the new rows."""
     arrived = list(events.values())
-    inserted = await db.execute(
+    seqs = await _draw_seqs(db, len(arrived))
+    inserted = await db.scalars(
         _INSERT,
         {
             "created_at": created_at,
@@ -162,24 +160,40 @@ async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_
             "entity_ids": [event.entity_id for event in arrived],
             "event_times": [event.event_time for event in arrived],
             "reported_ats": [event.reported_at for event in arrived],
+            "seqs": seqs,
             "event_ids": [event.event_id for event in arrived],
             "vectors": [orjson.dumps(event.values).decode() for event in arrived],
         },
     )
-    stored = {}
-    for feature_set, event_time, event_id, seq in inserted:
-        event = events[feature_set, event_time, event_id]
-        reported_at = event.reported_at or created_at
-        stored[feature_set, event_time, event_id] = FeatureRow(
-            feature_set, event.entity_id, event_time, reported_at, created_at, seq, event_id, event.values
+    new = set(inserted.all())
+    return {
+        row_id: FeatureRow(
+            event.feature_set,
+            event.entity_id,
+            event.event_time,
+            event.reported_at or created_at,
+            created_at,
+            seq,
+            event.event_id,
+            event.values,
         )
-    return stored
+        for (row_id, event), seq in zip(events.items(), seqs, strict=True)
+        if seq in new
+    }
+
+
+async def _draw_seqs(db: AsyncSession, n: int) -> list[int]:
+    """Numbers for `n` rows in the order of their arrival: of two corrections in one batch the later wins."""
+    drawn: list[int] = (
+        await db.execute(text("SELECT coalesce(array_agg(nextval('store.feature_row_seq')), '{}') FROM generate_series(1, :n)"), {"n": n})
+    ).scalar_one()
+    return drawn
 
 
 async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, FeatureRow]:
     feature_sets, event_times, event_ids = (list(column) for column in zip(*row_ids, strict=True))
     found = await db.execute(_STORED, {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids})
-    return {(row.feature_set, row.event_time, row.event_id): FeatureRow(*row) for row in found}
+    return {(row.feature_set, row.event_time, row.event_id): row for row in map(FeatureRow._make, found.all())}
 
 
 def _row_id(event: EventReceived) -> RowId:

@@ -11,7 +11,7 @@ from sqlalchemy import MetaData, Table, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.database import Database, open_database
-from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.outbox import Relay, outbox_table, relaying, save_events
 from mojomesh_chassis.publishing import Publisher, Record
@@ -124,6 +124,13 @@ async def test_what_was_rolled_back_is_not_sent(database: Database, publisher: P
             raise ZeroDivisionError
 
     assert await Relay(database, OUTBOX, publisher).send_batch() == 0
+
+
+async def test_an_event_too_large_for_its_topic_is_refused_before_it_could_hold_up_others(database: Database) -> None:
+    huge = ready(1).model_copy(update={"bundle_digest": "x" * ModelReady.topic.max_bytes})
+    with pytest.raises(PermanentError, match="too large"):
+        await save(database, huge)
+    assert await unsent(database) == 0
 
 
 async def test_an_event_saved_again_is_sent_again(database: Database, publisher: Publisher, kafka: str) -> None:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+import uvicorn
 from aiokafka import AIOKafkaConsumer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -235,6 +236,24 @@ async def loop(bench: Bench) -> Bench:
     answer = await bench.apply()
     assert answer.status_code == 200, answer.text
     return bench
+
+
+@pytest.fixture
+async def served(environment: dict[str, str], keys: tuple[Path, Path], tmp_path: Path) -> AsyncIterator[Bench]:
+    """The same at a port, for callers outside the test's loop."""
+    settings = RegistrySettings.model_validate(environment)
+    server = uvicorn.Server(uvicorn.Config(build(settings), log_level="warning", lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            assert not serving.done()
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", trust_env=False) as http:
+            bench = Bench(settings, keys[0], tmp_path, http, environment)
+            assert (await bench.apply()).status_code == 200
+            yield bench
+        server.should_exit = True
+        await serving
 
 
 @asynccontextmanager

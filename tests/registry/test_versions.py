@@ -7,14 +7,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from mojomesh_chassis.bundles import digest_of, publish_bundle, sign_bundle
 from mojomesh_chassis.database import open_database
+from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.objects import open_objects
 from mojomesh_contracts.bundles import BASELINE_FILE, MOJO_FILE, BundleSchema, Column
 from mojomesh_contracts.events import FoldTrained, Metrics, ModelDeployed, ModelPromoted, ModelReady, SwapPhase
 from mojomesh_registry.errors import ChampionChanged
-from mojomesh_registry.versions import Cause, promote, registered_model, version_of
+from mojomesh_registry.versions import Cause, announce_champion, promote, registered_model, version_of
 
 
 async def test_the_first_version_that_meets_the_minimum_is_promoted(loop: Any) -> None:
@@ -58,7 +60,7 @@ async def test_a_better_version_replaces_the_champion_and_a_worse_does_not(loop:
 
     worse, better = await loop.version(2), await loop.version(3)
 
-    assert worse["state"] == "rejected"
+    assert (worse["state"], worse["judged_against"]) == ("rejected", 1)
     assert "a gain of -0.0500" in worse["reasons"][0]
     assert better["state"] == "champion"
     assert (await loop.version(1))["state"] == "retired"
@@ -248,6 +250,18 @@ async def test_promoting_the_champion_changes_nothing_and_announces_it_again(loo
 
     assert answer.json() == {"model": "delay", "version": 1, "promotion": 1}
     assert len({event.event_id for event in await loop.heard(ModelPromoted, 2)}) == 1
+
+
+async def test_while_a_champion_is_announced_again_nobody_is_promoted(loop: Any) -> None:
+    """Else the older promotion could be committed, and sent, after the newer one."""
+    await three_versions(loop)
+    async with open_database(loop.settings.postgres_urls[0]) as database, database.begin() as announcing:
+        await announce_champion(announcing, await registered_model(announcing, "delay"))
+
+        with pytest.raises(TransientError, match="a lock was not to be had"):
+            async with database.begin() as db:
+                await db.execute(text("SET LOCAL lock_timeout = '50ms'"))
+                await registered_model(db, "delay")
 
 
 async def test_rollback_returns_step_by_step_and_ends_at_the_first_version(loop: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import h2o
-from h2o.estimators import H2OGeneralizedLinearEstimator, H2OGradientBoostingEstimator
+from h2o.estimators import H2OGeneralizedLinearEstimator, H2OGradientBoostingEstimator, H2OXGBoostEstimator
 
 CARRIERS = ["AA", "B6", "DL", "UA", "WN"]
 ORIGINS = ["EWR", "JFK", "LGA"]
@@ -43,7 +43,7 @@ def make_rows(n_rows: int, seed: int, carriers: list[str]) -> list[dict[str, str
     return rows
 
 
-def label(row: dict[str, str | float | None], rng: random.Random) -> dict[str, str | float]:
+def label(row: dict[str, str | float | None], rng: random.Random) -> dict[str, str | float | None]:
     late = -2 + 0.08 * float(row["hour"] or 12) + 0.05 * float(row["weather.wind"] or 10) + (1.0 if row["carrier"] in ("B6", "WN") else 0.0)
     p = 1 / (1 + math.exp(-late))
     delay = 30 * p + rng.gauss(0, 5)
@@ -53,6 +53,11 @@ def label(row: dict[str, str | float | None], rng: random.Random) -> dict[str, s
         "delay": delay,
         "kind": "abc"[min(2, max(0, int(delay / 9)))],
     }
+
+
+def as_event(row: dict[str, str | float | None]) -> dict[str, str | float | bool | None]:
+    """The row as clients send it: a boolean is one, which H2O's file has as 0 or 1."""
+    return row | {"holiday": None if row["holiday"] is None else bool(row["holiday"])}
 
 
 def write_csv(path: Path, rows: list[dict[str, str | float | None]]) -> None:
@@ -80,6 +85,7 @@ def main(url: str, folder: Path) -> None:
         "binomial": (H2OGradientBoostingEstimator(**gbm), "late"),
         "reversed": (H2OGradientBoostingEstimator(**gbm), "never_late"),
         "multinomial": (H2OGradientBoostingEstimator(**gbm), "kind"),
+        "xgboost": (H2OXGBoostEstimator(ntrees=20, max_depth=4, seed=42), "late"),
         "regression": (H2OGeneralizedLinearEstimator(seed=42), "delay"),
     }
     for name, (model, target) in models.items():
@@ -107,7 +113,7 @@ def main(url: str, folder: Path) -> None:
             [float(cell) for cell in (line[1:] if classes else line)]
             for line in model.predict(rows).as_data_frame(use_pandas=False, header=False)
         ]
-        (home / "asked.json").write_text(json.dumps({"rows": asked, "scores": scores}))
+        (home / "asked.json").write_text(json.dumps({"rows": [as_event(row) for row in asked], "scores": scores}))
 
 
 if __name__ == "__main__":

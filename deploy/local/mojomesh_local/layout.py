@@ -68,6 +68,7 @@ def layout_of(state: StateFolder, caller: Mapping[str, str]) -> Layout:
         "MOJOMESH_TOKEN": secret["token"],
         "MOJOMESH_SIGNING_KEY": str(state.signing_key),
         "MOJOMESH_PUBLIC_KEY": str(state.public_key),
+        "SCORER_FOLDER": str(state.path / "scorer"),
         "SCORER_WORKERS": str(min(2, os.cpu_count() or 1)),
         **_addresses(port),
     }

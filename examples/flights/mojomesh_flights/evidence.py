@@ -77,7 +77,7 @@ class VersionEvidence(Frozen):
 
 
 class Answer(Frozen):
-    """One HTTP request near a swap, in seconds from the switch."""
+    """One HTTP request near a swap, in seconds from the first that the new version answered."""
 
     after_s: float
     latency_ms: float

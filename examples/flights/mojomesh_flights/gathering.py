@@ -245,15 +245,14 @@ def out_of_time(outcomes: Outcomes, late_before: float) -> said.OutOfTime:
 
 def swap(certificate: ModelDeployed, asked_at: datetime, calls: Sequence[Call]) -> said.Swap:
     """What the client's log says about the time from a promotion until the last lease on the old version was given back."""
-    switched_at = certificate.switched_at.timestamp()
-    after = {"drain", "acknowledge"}
-    drained_at = switched_at + sum(phase.seconds for phase in certificate.phases if phase.name in after)
-    during = [call for call in calls if asked_at.timestamp() <= call.due_at <= drained_at]
+    began, drained_at = asked_at.timestamp(), certificate.switched_at.timestamp()
+    switched_at = min((call.due_at for call in calls if call.version == certificate.version), default=drained_at)
+    during = [call for call in calls if began <= call.due_at <= drained_at]
     latencies = _latencies(during)
     near = [call for call in calls if abs(call.due_at - switched_at) <= AROUND_SWAP_S]
     return said.Swap(
         version=certificate.version,
-        seconds=drained_at - asked_at.timestamp(),
+        seconds=drained_at - began,
         requests=len(during),
         failed=sum(call.failed for call in during),
         by_version=dict(Counter(call.version for call in during if call.version is not None)),
@@ -311,3 +310,9 @@ def _floats(column: pa.ChunkedArray) -> Floats:
 
 def _ms(time: datetime) -> int:
     return round(time.timestamp() * 1000)
+
+
+def late_before(year: Year, until: datetime) -> float:
+    """Share of late flights among those whose label was known by then."""
+    known = _floats(year.flights["label_ms"]) < _ms(until)
+    return float(_floats(year.flights["late"])[known].mean())

@@ -73,12 +73,12 @@ class Mesh:
 
     async def drift(self) -> Json:
         """The windows of drift, by column."""
-        return await self._get(f"{self._settings.features_url}/v1/drift/{MODEL}")
+        return await self._get(f"{self._settings.features_url}/v1/drift/{MODEL}?limit=10000")
 
     async def stored(self) -> dict[str, int]:
         """Feature rows by feature set."""
-        sets = await self._get(f"{self._settings.features_url}/v1/features")
-        return {row["name"]: row["rows"] for row in sets["feature_sets"]}
+        counted = await self._get(f"{self._settings.features_url}/v1/features")
+        return {str(name): int(n) for name, n in counted["rows"].items()}
 
     async def prediction(self, prediction_id: str) -> Json:
         """The receipt of a prediction."""

@@ -105,13 +105,13 @@ class _Building:
     def build(self, shard_urls: Sequence[str]) -> tuple[str, int]:
         """Write the Parquet file; the digest of its rows and their number."""
         config: dict[str, str | bool | int | float | list[str]] = {"memory_limit": self.memory_limit, "temp_directory": str(self.folder)}
-        with duckdb.connect(str(self.folder / "rows.duckdb"), config=config) as db:
+        with duckdb.connect(config=config) as db:
             for feature_set, features in self._needed().items():
                 self._load(db, feature_set, features, shard_urls)
             db.execute(f"CREATE TABLE training AS {self._joined()}")
             self._check_labels(db)
             db.execute(f"COPY training TO '{self.parquet}' (FORMAT parquet, COMPRESSION zstd)")
-            return _digest(db.execute("FROM training").to_arrow_reader(_BATCH))
+            return _digest(db.sql("FROM training").to_arrow_reader(_BATCH))
 
     def _needed(self) -> dict[str, dict[str, str]]:
         """The features that must be read of each feature set, with their types in DuckDB."""

@@ -20,8 +20,9 @@ def problem_of(event: EventReceived, feature_set: FeatureSet | None, now: dateti
     if feature_set is None:
         return f"no feature set is named '{event.feature_set}'; apply its definition first"
     found = feature_set.problems(event.values)
+    latest = now + CLOCK_SKEW
     for name, time in (("event_time", event.event_time), ("reported_at", event.reported_at)):
-        if time is not None and not EARLIEST <= time <= now + CLOCK_SKEW:
+        if time is not None and not EARLIEST <= time <= latest:
             found.append(f"{name} {time.isoformat()} is not between {EARLIEST.year} and now + {CLOCK_SKEW.seconds // 60} minutes")
     # PostgreSQL keeps no NUL in a text.
     found += [f"'{name}' contains a NUL character" for name, value in event.values.items() if isinstance(value, str) and _NUL in value]

@@ -39,7 +39,7 @@ class PromotionInfo(BaseModel):
 
 
 class VersionInfo(BaseModel):
-    """One version in short. `reasons` are the gate's, in words; none when it passed."""
+    """One version in short. `reasons` are the gate's, in words; none when it passed `judged_against` the champion of then."""
 
     version: int
     state: State
@@ -49,6 +49,7 @@ class VersionInfo(BaseModel):
     snapshot_time: datetime
     metrics: Json
     comparison: Json | None
+    judged_against: int | None
     reasons: list[str]
     registered_at: datetime
 
@@ -161,6 +162,7 @@ def _version_info(version: Version, champion: ChampionInfo | None, ever_promoted
         snapshot_time=manifest.snapshot_time,
         metrics=manifest.metrics.model_dump(mode="json"),
         comparison=manifest.comparison.model_dump(mode="json") if manifest.comparison else None,
+        judged_against=version.champion_then,
         reasons=version.refusals,
         registered_at=version.registered_at,
     )

@@ -141,12 +141,14 @@ async def announce_champion(db: AsyncSession, model: RegisteredModel) -> None:
 
 
 async def registered_model(db: AsyncSession, name: str) -> RegisteredModel:
-    """The model's champion pointer.
+    """The model's champion pointer, locked until the transaction ends.
+
+    So what is announced again is still the newest promotion when it is committed: a later one would be overtaken in the outbox.
 
     Raises:
         UnknownVersion: Nothing was ever registered of it.
     """
-    model = await db.get(RegisteredModel, name)
+    model = await db.get(RegisteredModel, name, with_for_update=True)
     if model is None:
         raise UnknownVersion(f"the model '{name}' has no version yet; train it first")
     return model

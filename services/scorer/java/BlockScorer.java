@@ -28,7 +28,7 @@ public final class BlockScorer {
     row = new double[columns];
     predictions = new double[model.getPredsSize(model.getModelCategory())];
     labels = model.isClassifier() ? 1 : 0; // a classifier's first prediction is the label, which is not a score
-    outputs = predictions.length - labels;
+    outputs = model.isClassifier() ? model.nclasses() : 1; // genmodel wants room for two predictions of a regression, and fills one
   }
 
   /** Names of the inputs in scoring order. */

@@ -1,5 +1,6 @@
 """The supervisor: owns what happens once (models to serve, bundles, swaps), has the admin port, never scores and never blocks."""
 
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,15 +27,16 @@ def build(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with AsyncExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mojomesh-scorer-")))
-            metrics = scratch / "metrics"
-            metrics.mkdir()
+            folder = settings.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mojomesh-scorer-")))
+            metrics = folder / "metrics"
+            shutil.rmtree(metrics, ignore_errors=True)  # of a process that was killed
+            metrics.mkdir(parents=True)
             objects = open_objects(settings.objects)
             health.add("objects", objects.ping)
             publisher = await stack.enter_async_context(open_publisher(settings))
             pool = await stack.enter_async_context(open_pool(settings, metrics))
             health.add("workers", pool.ping)
-            swaps = Swaps(settings, objects, pool, settings.bundles or scratch / "bundles")
+            swaps = Swaps(settings, objects, pool, folder / "bundles")
             await stack.enter_async_context(consuming(router, settings, publisher, health, swaps=swaps))
             pool.open_doors()  # after the champions are known: no worker ever answers that it has none
             yield {"swaps": swaps, "pool": pool, "publisher": publisher, "metrics": metrics}

@@ -1,14 +1,14 @@
 """Feature values to the numbers that a MOJO scores."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mojomesh_contracts.bundles import BundleSchema, Column
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.errors import SchemaMismatch
+from mojomesh_scorer.errors import RowsRefused, SchemaMismatch
 from mojomesh_scorer.tensors import Tensor
 
 NAN = float("nan")
@@ -43,12 +43,16 @@ class Encoder:
         self._places = {column.name: place for place, column in enumerate(schema.columns)}
         self._levels = [{level: float(number) for number, level in enumerate(column.levels or ())} for column in schema.columns]
 
-    def check_names(self, names: Mapping[str, object]) -> None:
-        """Refuse a row with a column that the model does not have.
+    def check_rows(self, rows: Sequence[Mapping[str, FeatureValue]]) -> None:
+        """Refuse rows with a column that the model does not have.
 
         Raises:
-            SchemaMismatch: It names one.
+            RowsRefused: Some do.
         """
+        if reasons := _reasons(rows, self._check_names):
+            raise RowsRefused(reasons, len(rows))
+
+    def _check_names(self, names: Mapping[str, object]) -> None:
         if unknown := [name for name in names if name not in self._places]:
             raise SchemaMismatch(f"the model has no column {', '.join(map(repr, unknown))}; its columns are {', '.join(self._places)}")
 
@@ -56,8 +60,14 @@ class Encoder:
         """Encode rows by column name; an absent column or None is missing, names that the model does not have are passed over.
 
         Raises:
-            SchemaMismatch: A value is not of its column's type.
+            RowsRefused: A value is not of its column's type.
         """
+        try:
+            return self._encode_rows(rows)
+        except SchemaMismatch:
+            raise RowsRefused(_reasons(rows, lambda row: self._encode_rows([row])), len(rows)) from None
+
+    def _encode_rows(self, rows: Sequence[Mapping[str, FeatureValue]]) -> Encoded:
         encoded = Encoded(len(rows), self._columns)
         for place, column in enumerate(self._columns):
             name = column.name
@@ -78,11 +88,13 @@ class Encoder:
         by_name = {tensor.name: tensor for tensor in tensors}
         if len(by_name) < len(tensors):
             raise SchemaMismatch("an input tensor comes twice")
-        self.check_names(by_name)
+        self._check_names(by_name)
         encoded = Encoded(n_rows, self._columns)
         for name, tensor in by_name.items():
             place = self._places[name]
             column = self._columns[place]
+            if column.type == "category" and not isinstance(tensor.data, list) and np.isnan(tensor.data).all():
+                continue  # what a client sends for a missing value whose type it does not know
             if (column.type == "category") != (tensor.datatype == "BYTES"):
                 wanted = "BYTES" if column.type == "category" else "a numeric datatype"
                 raise SchemaMismatch(f"column '{name}' is a {column.type}: send it as {wanted}, not {tensor.datatype}")
@@ -115,3 +127,13 @@ class Encoder:
         name = self._columns[place].name
         encoded.unknown_levels[name] = encoded.unknown_levels.get(name, 0) + 1
         return NAN
+
+
+def _reasons(rows: Sequence[Mapping[str, FeatureValue]], check: Callable[[Mapping[str, FeatureValue]], object]) -> dict[int, str]:
+    reasons = {}
+    for place, row in enumerate(rows):
+        try:
+            check(row)
+        except SchemaMismatch as error:
+            reasons[place] = str(error)
+    return reasons

@@ -1,10 +1,27 @@
 """The scorer's error types."""
 
+from collections.abc import Mapping
+
 from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError, TransientError
 
 
 class SchemaMismatch(PermanentError):
-    """A row does not fit the model's columns."""
+    """A value or a tensor does not fit the model's columns."""
+
+
+class RowsRefused(PermanentError):
+    """Some rows of a request cannot be scored, so none is; `reasons` says why, by the row's place in the request."""
+
+    def __init__(self, reasons: Mapping[int, str], n_rows: int) -> None:
+        shown = [f"row {place}: {reason}" for place, reason in list(reasons.items())[:10]]
+        super().__init__("; ".join(shown) if n_rows > 1 else reasons[0])
+        self.reasons = dict(reasons)
+
+
+class UnknownEntity(RowsRefused):
+    """The feature store has nothing about the entities of some rows."""
+
+    status = 404
 
 
 class BadTensor(PermanentError):
@@ -21,10 +38,6 @@ class TooManyRows(PermanentError):
 
 class NotServed(NotFound):
     """No version of the model is served here, or not the one that was asked for."""
-
-
-class UnknownEntity(NotFound):
-    """The feature store has nothing about the entity."""
 
 
 class ProbeFailed(BadBundle):

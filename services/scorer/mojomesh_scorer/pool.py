@@ -211,7 +211,11 @@ class Pool:
 
     async def _life_of_a_worker(self, slot: int) -> float:
         """Start a worker and see to its end; returns for how many seconds it was up."""
-        worker = await self._start(slot)
+        try:
+            worker = await self._start(slot)
+        except OSError as error:  # the machine has no process or no memory for it just now
+            log.error("worker_not_started", slot=slot, reason=str(error))
+            return 0.0
         up = time.monotonic()
         try:
             await self._bring_up(worker)

@@ -5,16 +5,17 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import uuid5
 
+from opentelemetry import trace
 from prometheus_client import Counter
 
-from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.publishing import Publisher
-from mojomesh_chassis.telemetry import log
+from mojomesh_chassis.telemetry import links, log, tracer
 from mojomesh_contracts.events import Prediction, PredictionsMade
 from mojomesh_scorer.scoring import Scored
 
 BLOCK_S = 0.05  # a killed worker loses at most these receipts, and those that are on their way: 100 ms
-BLOCK_CELLS = 20_000  # inputs a record; keeps it well under Kafka's 1 MB
+BLOCK_CELLS, BLOCK_ROWS = 20_000, 1_000  # most of a record; keeps it well under what the topic takes
 MAX_WAITING = 100_000  # predictions whose receipts wait for Kafka; more are dropped, and counted
 DURABLE_S = 10.0
 CLOSE_S = 5.0
@@ -26,7 +27,7 @@ def blocks_of(scored: Sequence[Scored], replica: str) -> Iterator[PredictionsMad
     """The predictions as events, a block of one model version each; the id of a block follows from the ids in it."""
     for one in scored:
         predictions = _predictions(one)
-        size = max(1, BLOCK_CELLS // one.inputs.shape[1])
+        size = max(1, min(BLOCK_ROWS, BLOCK_CELLS // one.inputs.shape[1]))
         for start in range(0, len(predictions), size):
             block = predictions[start : start + size]
             yield PredictionsMade.model_construct(
@@ -56,14 +57,17 @@ def _predictions(scored: Scored) -> list[Prediction]:
     ]
 
 
+_Kept = tuple[Scored, trace.SpanContext]
+
+
 class Receipts:
     """Gathers predictions and publishes them in blocks."""
 
     def __init__(self, publisher: Publisher, replica: str) -> None:
         self._publisher = publisher
         self._replica = replica
-        self._waiting: list[Scored] = []
-        self._leaving: list[Scored] = []
+        self._waiting: list[_Kept] = []
+        self._leaving: list[_Kept] = []
         self._n_waiting = 0
         self._any = asyncio.Event()
 
@@ -73,7 +77,7 @@ class Receipts:
             _DROPPED.inc(len(scored.rows))
             return
         self._n_waiting += len(scored.rows)
-        self._waiting.append(scored)
+        self._waiting.append((scored, trace.get_current_span().get_span_context()))
         self._any.set()
 
     async def save(self, scored: Scored) -> None:
@@ -109,13 +113,17 @@ class Receipts:
         self._leaving, self._waiting = self._leaving + self._waiting, []
         while self._leaving:
             try:
-                await self._publisher.publish(list(blocks_of(self._leaving, self._replica)))
+                with tracer.start_as_current_span("scorer receipts", links=links(context for _, context in self._leaving)):
+                    await self._publisher.publish(list(blocks_of([scored for scored, _ in self._leaving], self._replica)))
             except TransientError as error:
                 log.warning("receipts_wait", n=self._n_waiting, reason=str(error))
                 await asyncio.sleep(error.retry_after_s)
-            else:
-                self._n_waiting -= sum(len(one.rows) for one in self._leaving)
-                self._leaving = []
+                continue
+            except PermanentError as error:
+                log.error("receipts_dropped", reason=str(error))
+                _DROPPED.inc(sum(len(scored.rows) for scored, _ in self._leaving))
+            self._n_waiting -= sum(len(scored.rows) for scored, _ in self._leaving)
+            self._leaving = []
 
 
 @asynccontextmanager

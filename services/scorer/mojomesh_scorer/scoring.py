@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from mojomesh_chassis.errors import Busy, PermanentError
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_scorer.encoding import Encoded, Encoder, Matrix
-from mojomesh_scorer.errors import TooManyRows
+from mojomesh_scorer.errors import TooManyRows, UnknownEntity
 from mojomesh_scorer.identity import new_prediction_ids
 from mojomesh_scorer.lookups import EntityAt, FeatureLookup, Found
 from mojomesh_scorer.models import LoadedModel, Models
@@ -88,8 +88,7 @@ class Scoring:
 
         Raises:
             NotServed: The model, or this version of it, is not served.
-            SchemaMismatch: A row does not fit the model.
-            UnknownEntity: An entity has no features.
+            RowsRefused: Some rows do not fit the model, or name entities without features (UnknownEntity).
             TransientError: Features does not answer.
         """
         self.models.find(name, version)
@@ -98,10 +97,11 @@ class Scoring:
         vectors = await self._lookup.vectors(name, [EntityAt(row.entity_id or "", row.event_time or now) for row in asked]) if asked else []
         arriving = iter(vectors)
         found = [next(arriving) if row.values is None else None for row in rows]
+        if unknown := {place: f"{rows[place].entity_id}: {vector.error}" for place, vector in enumerate(found) if vector and vector.error}:
+            raise UnknownEntity(unknown, len(rows))
 
         def encode(encoder: Encoder) -> Encoded:
-            for row in rows:
-                encoder.check_names(row.values or {})
+            encoder.check_rows([row.values or {} for row in rows])  # what features sends may be more than this version takes
             return encoder.encode_rows([vector.values if vector else row.values or {} for row, vector in zip(rows, found, strict=True)])
 
         return await self._score(name, version, rows, found, now, encode)

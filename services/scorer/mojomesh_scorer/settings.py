@@ -19,7 +19,7 @@ class Settings(MeshSettings):
     workers: int = Field(default=2, ge=1, le=64, description="Processes that score; one a core")
     heap_mb: int = Field(default=256, ge=64, description="Java heap of a worker, and of the probe")
     max_in_flight: int = Field(default=256, ge=1, description="Requests in a worker beyond which it answers 429")
-    bundles: Path | None = Field(default=None, description="Where fetched bundles are kept; by default a folder that goes with the process")
+    folder: Path | None = Field(default=None, description="Its own, for fetched bundles and counters; by default one that goes with it")
     drain_s: float = Field(default=10.0, gt=0, description="How long a swap waits for requests that the old version is answering")
 
     @property

@@ -51,6 +51,7 @@ from mojomesh_scorer.settings import Settings
 
 LOOKUP_S = 5.0
 GRACE_S = 10
+KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
 
 
 class Worker:
@@ -134,7 +135,14 @@ async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     shared.bind((host, port))
-    config = uvicorn.Config(app, http="httptools", access_log=False, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+    )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[shared]))
     while not server.started and not serving.done():

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from mojomesh_chassis.consuming import MeshRouter
+from mojomesh_chassis.errors import PermanentError, Rejected
 from mojomesh_contracts.events import Event, ScoreRequested
+from mojomesh_scorer.errors import RowsRefused
 from mojomesh_scorer.receipts import blocks_of
-from mojomesh_scorer.scoring import Row, Scoring
+from mojomesh_scorer.scoring import Row, Scored, Scoring
 
 router = MeshRouter("scorer")
 
@@ -13,10 +15,20 @@ router = MeshRouter("scorer")
 @router.work(ScoreRequested, batch=500)
 async def on_scores_requested(events: Sequence[ScoreRequested], scoring: Scoring, replica: str) -> list[Event]:
     """Predict, one block a model; the id of a prediction follows from its request's, so that a repeat is known."""
-    asked: dict[str, list[ScoreRequested]] = {}
-    for event in events:
-        asked.setdefault(event.model, []).append(event)
-    scored = [await scoring.score_rows(model, [_row(event) for event in of_model]) for model, of_model in asked.items()]
+    places: dict[str, list[int]] = {}
+    for place, event in enumerate(events):
+        places.setdefault(event.model, []).append(place)
+    scored: list[Scored] = []
+    reasons: dict[int, str] = {}
+    for model, of_model in places.items():
+        try:
+            scored.append(await scoring.score_rows(model, [_row(events[place]) for place in of_model]))
+        except RowsRefused as refused:
+            reasons |= {of_model[row]: reason for row, reason in refused.reasons.items()}
+        except PermanentError as error:
+            reasons |= dict.fromkeys(of_model, str(error))
+    if reasons:
+        raise Rejected(reasons)
     return list(blocks_of(scored, replica))
 
 

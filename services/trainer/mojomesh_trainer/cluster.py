@@ -139,14 +139,15 @@ class Cluster:
     def _train_automl(self, params: dict[str, Any], frame: str, ignored: list[str], key: str) -> Trained:
         """AutoML bounded by the number of models, never by seconds: the same data must give the same leader."""
         params = {"max_models": 10, "exclude_algos": ["DeepLearning"], **params}
+        sorting = {"sort_metric": params.pop("sort_metric")} if "sort_metric" in params else {}
         criteria = {name: params.pop(name) for name in ("max_models", "seed") if name in params}
         control = {name: params.pop(name) for name in ("nfolds", "balance_classes") if name in params}
-        body = {
+        body: dict[str, Any] = {
             "input_spec": {
                 "training_frame": frame,
                 "response_column": {"column_name": "label"},
                 "ignored_columns": ignored,
-                **({"sort_metric": params.pop("sort_metric")} if "sort_metric" in params else {}),
+                **sorting,
             },
             "build_control": {"project_name": key, "stopping_criteria": {"max_runtime_secs": 0, **criteria}, **control},
             "build_models": params,

@@ -24,6 +24,7 @@ def plan_folds(first_label: datetime, last_label: datetime, label_delay: timedel
         last_label: When the last one did.
         label_delay: How long labels take to become known, counted from the event time.
         walk_forward: The definition's plan.
+
     Raises:
         TooLittleHistory: A window would have nothing to train on.
     """
@@ -37,7 +38,8 @@ def plan_folds(first_label: datetime, last_label: datetime, label_delay: timedel
         if train_from >= train_to:
             needed = walk_forward.n_windows - 1
             raise TooLittleHistory(
-                f"fold {fold} has nothing to train on: labels became known from {first_label:%Y-%m-%d %H:%M} to {last_label:%Y-%m-%d %H:%M}, "
+                f"fold {fold} has nothing to train on: labels became known from {first_label:%Y-%m-%d %H:%M} "
+                f"to {last_label:%Y-%m-%d %H:%M}, "
                 f"and {needed} steps of {walk_forward.step}, a test of {walk_forward.test}, an embargo of {walk_forward.embargo} and a "
                 f"purge of {purge} reach back further; wait for more labels or ask for fewer or shorter windows"
             )
@@ -61,4 +63,5 @@ def to_ms(time: datetime) -> int:
 
 
 def from_ms(milliseconds: int) -> datetime:
+    """The time at those epoch milliseconds, UTC."""
     return EPOCH + int(milliseconds) * MILLISECOND

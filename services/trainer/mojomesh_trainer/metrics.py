@@ -3,8 +3,9 @@
 from typing import Literal
 
 import numpy as np
-from mojomesh_contracts.events import Metrics
 from numpy.typing import NDArray
+
+from mojomesh_contracts.events import Metrics
 
 Floats = NDArray[np.float64]
 LabelType = Literal["binary", "number", "multiclass"]

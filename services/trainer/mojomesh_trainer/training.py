@@ -10,10 +10,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import numpy as np
+
 from mojomesh_contracts.bundles import Column, FoldPlan, FoldResult
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import Frozen
-
 from mojomesh_trainer.cluster import Cluster, ColumnType, H2OFailed, Trained, open_cluster
 from mojomesh_trainer.folds import scored_from, to_ms
 from mojomesh_trainer.metrics import Floats, measure, naive_scores
@@ -28,6 +28,8 @@ class TrainingTask(Frozen):
     model: Model
     columns: list[Column]
     snapshot_url: str
+    h2o_url: str
+    objects_url: str
     plans: list[FoldPlan]
     results: str
     """Folder of the run in the object store."""
@@ -64,6 +66,7 @@ def result_key(results: str, fold: int) -> str:
 
 
 def predictions_key(results: str, fold: int) -> str:
+    """Where a fold's FoldPredictions lie."""
     return f"{results}/fold-{fold}.npz"
 
 
@@ -73,6 +76,7 @@ def key_prefix(run_id: UUID) -> str:
 
 
 def seed_of(model: Model) -> int:
+    """The definition's seed, or the default: every training has one."""
     return int(model.algorithm.params.get("seed", DEFAULT_SEED))
 
 
@@ -81,9 +85,7 @@ def params_of(model: Model) -> dict[str, Any]:
     return {**model.algorithm.params, "seed": seed_of(model)}
 
 
-def train_fold(
-    task: TrainingTask, fold: int, h2o_url: str, stopped: Callable[[], bool] = lambda: False, block_run: str | None = None
-) -> tuple[FoldResult, FoldPredictions]:
+def train_fold(task: TrainingTask, fold: int, stopped: Callable[[], bool] = lambda: False) -> tuple[FoldResult, FoldPredictions]:
     """Train on the fold's past, test on what followed; nothing is left behind in the cluster.
 
     Raises:
@@ -93,7 +95,7 @@ def train_fold(
     """
     started = time.monotonic()
     plan = task.plans[fold]
-    with open_cluster(h2o_url, task.timeout_s, stopped) as cluster, loaded(cluster, task, f"f{fold}") as data:
+    with open_cluster(task.h2o_url, task.timeout_s, stopped) as cluster, loaded(cluster, task, f"f{fold}") as data:
         train = data.rows("train", plan.train_from, plan.train_to)
         test = data.rows("test", plan.test_from, plan.test_to, scored_from(plan, task.model.walk_forward))
         if not (n_train := cluster.n_rows(train)) or not (n_test := cluster.n_rows(test)):
@@ -107,7 +109,6 @@ def train_fold(
         n_test=n_test,
         metrics=metrics,
         h2o_job=trained.job,
-        block_run=block_run,
         seconds=time.monotonic() - started,
     )
     return result, predictions

@@ -61,6 +61,7 @@ def set_environment(state: Path) -> None:
 
 
 def main() -> None:
+    """Start Mage in this process; returns when it was told to end."""
     state = Path(os.environ["MOJOMESH_MAGE_STATE"]).resolve()
     state.mkdir(parents=True, exist_ok=True)
     set_environment(state)

@@ -1,7 +1,9 @@
 """The reduce: the pipeline run succeeds only when every fold has its result."""
 
-from mage_ai.data_preparation.decorators import data_exporter
 from mojomesh_trainer.training import TrainingTask
+
+if "data_exporter" not in globals():  # Mage puts its own there, which collects the function
+    from mage_ai.data_preparation.decorators import data_exporter
 
 
 @data_exporter

@@ -1,7 +1,9 @@
 """The dynamic parent: one child per fold of the task. Trainer planned them; here they only fan out."""
 
-from mage_ai.data_preparation.decorators import data_loader
 from mojomesh_trainer.training import TrainingTask
+
+if "data_loader" not in globals():  # Mage puts its own there, which collects the function
+    from mage_ai.data_preparation.decorators import data_loader
 
 
 @data_loader

@@ -1,0 +1,327 @@
+"""A snapshot holds what its definition says, from what was known at its time, and stays the same for ever."""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from mojomesh_chassis.database import Database, open_database
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.errors import PermanentError
+from mojomesh_chassis.objects import Objects
+from mojomesh_contracts.bundles import SnapshotTaken
+from mojomesh_contracts.definitions import Model
+from mojomesh_contracts.events import EventReceived, FeatureValue
+from mojomesh_features.errors import UnusableDefinition
+from mojomesh_features.reading import FeatureReader
+from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_features.vectors import plan_of
+from mojomesh_store import rows as store_rows
+from mojomesh_store.online import microseconds
+from mojomesh_store.shards import FeatureStore, open_feature_store
+from mojomesh_store.tables import FeatureRow
+from tests.features.making import NOON, Append, AppendAll, make_event
+
+HOUR = timedelta(hours=1)
+TrainingRow = dict[str, FeatureValue]
+
+
+@pytest.fixture
+async def owner(postgres: Any) -> AsyncIterator[Database]:
+    async with open_database(postgres.owner_url) as database:
+        yield database
+
+
+async def take(snapshots: Snapshots, model: Model, definitions: Definitions, snapshot_time: datetime) -> SnapshotTaken:
+    return await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), snapshot_time)
+
+
+def rows_of(objects: Objects, taken: SnapshotTaken) -> list[TrainingRow]:
+    rows: list[TrainingRow] = pq.read_table(objects.path_of(taken.path)).to_pylist()
+    assert len(rows) == taken.n_rows
+    return rows
+
+
+def latest(rows: Iterable[FeatureRow], feature_set: str, entity_id: FeatureValue, at: datetime) -> FeatureRow | None:
+    known = [row for row in rows if (row.feature_set, row.entity_id) == (feature_set, entity_id) and row.event_time <= at]
+    return max(known, key=lambda row: (row.event_time, row.created_at, row.seq), default=None)
+
+
+def outcome(rows: Iterable[FeatureRow], entity_id: str, event_time: datetime) -> FeatureRow | None:
+    later = [row for row in rows if (row.feature_set, row.entity_id) == ("arrivals", entity_id) and row.event_time >= event_time]
+    first = min((row.event_time for row in later), default=None)
+    return max((row for row in later if row.event_time == first), key=lambda row: (row.created_at, row.seq), default=None)
+
+
+def as_learned(value: FeatureValue) -> FeatureValue:
+    return int(value) if isinstance(value, bool) else value
+
+
+def expected_rows(rows: Sequence[FeatureRow], snapshot_time: datetime) -> list[TrainingRow]:
+    """The definition of `delay`, a row at a time, in plain Python."""
+    known = [row for row in rows if row.created_at <= snapshot_time]
+    expected: list[TrainingRow] = []
+    for entity_id, event_time in sorted(
+        {(row.entity_id, row.event_time) for row in known if row.feature_set == "flights"}, key=lambda key: key[::-1]
+    ):
+        spine = latest(known, "flights", entity_id, event_time)
+        label = outcome(known, entity_id, event_time)
+        if spine is None or label is None or label.values.get("late") is None:
+            continue
+        weather = latest(known, "weather", spine.values.get("origin"), event_time)
+        if weather is not None and event_time - weather.event_time > 3 * HOUR:
+            weather = None
+        crew = latest(known, "crews", entity_id, event_time)
+        expected.append(
+            {
+                "entity_id": entity_id,
+                "event_time": microseconds(event_time) // 1000,
+                "label_time": microseconds(label.event_time) // 1000,
+                "label": as_learned(label.values["late"]),
+                **{name: as_learned(spine.values.get(name)) for name in ("carrier", "distance", "international")},
+                **{f"weather.{name}": as_learned(weather.values.get(name)) if weather else None for name in ("temp", "fog")},
+                "crews.size": crew.values.get("size") if crew else None,
+            }
+        )
+    return expected
+
+
+flights, airports = st.sampled_from(["A", "B", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
+times = st.integers(-3, 6).map(lambda n: NOON + n * HOUR)
+numbers = st.one_of(st.none(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False, width=32))
+flags = st.one_of(st.none(), st.booleans())
+names = st.one_of(st.none(), st.sampled_from(["EWR", "JFK", "LGA", 'q"', ""]))
+
+
+def events_of(feature_set: str, entities: st.SearchStrategy[str], **values: st.SearchStrategy[Any]) -> st.SearchStrategy[EventReceived]:
+    vectors = st.fixed_dictionaries({}, optional=values)
+    return st.builds(make_event, st.just(feature_set), entities, times, vectors)
+
+
+events = st.one_of(
+    events_of("flights", flights, carrier=names, distance=numbers, international=flags, origin=names),
+    events_of("flights", flights, carrier=names, distance=numbers, international=flags, origin=airports),
+    events_of("weather", airports, temp=numbers, fog=flags),
+    events_of("crews", flights, size=numbers),
+    events_of("arrivals", flights, late=flags, delay=numbers),
+    events_of("arrivals", flights, late=st.booleans()),
+)
+transactions = st.lists(st.lists(events, min_size=1, max_size=25), min_size=1, max_size=4)
+
+
+# Shrinking would take minutes on real servers.
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+@given(history=transactions, cut=st.integers(0, 3))
+async def test_a_snapshot_is_its_definition_over_any_history(
+    snapshots: Snapshots,
+    objects: Objects,
+    owner: Database,
+    append_all: AppendAll,
+    model: Model,
+    definitions: Definitions,
+    history: list[list[EventReceived]],
+    cut: int,
+) -> None:
+    async with owner.begin() as db:
+        await db.execute(text("TRUNCATE store.feature_rows"))
+    rows, known_at = [], []
+    for transaction in history:
+        stored = await append_all(transaction)
+        rows += stored
+        known_at.append(stored[0].created_at)
+    snapshot_time = known_at[cut % len(known_at)]
+
+    taken = await take(snapshots, model, definitions, snapshot_time)
+
+    assert rows_of(objects, taken) == expected_rows(rows, snapshot_time)
+
+
+async def some_history(append_all: AppendAll) -> datetime:
+    events = [make_event("flights", f"F{n}", NOON + n * HOUR, {"carrier": "UA", "distance": n, "origin": "EWR"}) for n in range(20)]
+    events += [make_event("weather", "EWR", NOON + n * HOUR, {"temp": n / 2}) for n in range(20)]
+    events += [make_event("arrivals", f"F{n}", NOON + (n + 2) * HOUR, {"late": n % 3 == 0}) for n in range(15)]
+    return (await append_all(events))[0].created_at
+
+
+async def test_taken_again_it_is_the_same_whatever_became_known_since(
+    snapshots: Snapshots, append_all: AppendAll, model: Model, definitions: Definitions
+) -> None:
+    snapshot_time = await some_history(append_all)
+    first = await take(snapshots, model, definitions, snapshot_time)
+
+    corrections = [make_event("flights", "F1", NOON + HOUR, {"carrier": "DL", "distance": 9}), make_event("arrivals", "F18", NOON, {})]
+    late_label = make_event("arrivals", "F18", NOON + 30 * HOUR, {"late": True})
+    corrected_at = (await append_all([*corrections, late_label]))[0].created_at
+    second = await take(snapshots, model, definitions, snapshot_time)
+    after = await take(snapshots, model, definitions, corrected_at)
+
+    assert second == first
+    assert first.n_rows == 15
+    assert (after.n_rows, after.digest == first.digest, after.path == first.path) == (16, False, False)
+
+
+async def test_the_digest_is_of_rows_not_of_bytes(
+    snapshots: Snapshots, append_all: AppendAll, model: Model, definitions: Definitions, new_postgres: Any, objects: Objects, tmp_path: Path
+) -> None:
+    """The same facts, on two shards, known in another order."""
+    snapshot_time = await some_history(append_all)
+    taken = await take(snapshots, model, definitions, snapshot_time)
+    urls = [new_postgres().url, new_postgres().url]
+    async with open_feature_store(urls) as sharded:
+        facts = [make_event("arrivals", f"F{n}", NOON + (n + 2) * HOUR, {"late": n % 3 == 0}) for n in range(15)]
+        facts += [make_event("weather", "EWR", NOON + n * HOUR, {"temp": n / 2}) for n in range(20)]
+        facts += [make_event("flights", f"F{n}", NOON + n * HOUR, {"origin": "EWR", "distance": n, "carrier": "UA"}) for n in range(20)]
+        await _append(sharded, facts)
+
+        again = await take(
+            Snapshots(sharded, urls, objects, tmp_path / "work", "512MB"), model, definitions, datetime.now(UTC) - timedelta(milliseconds=1)
+        )
+
+    assert (again.digest, again.path) == (taken.digest, taken.path)
+
+
+async def _append(store: FeatureStore, facts: Sequence[EventReceived]) -> None:
+    for shard, part in store.split(facts):
+        async with shard.begin() as db:
+            await store_rows.append(db, part)
+
+
+async def test_training_sees_what_scoring_saw(
+    snapshots: Snapshots, objects: Objects, reader: FeatureReader, append_all: AppendAll, model: Model, definitions: Definitions
+) -> None:
+    """Online against offline: for rows known in time, the same vector."""
+    snapshot_time = await some_history(append_all)
+    rows = rows_of(objects, await take(snapshots, model, definitions, snapshot_time))
+
+    pairs = [(str(row["entity_id"]), int(str(row["event_time"])) * 1000) for row in rows]
+    vectors = await reader.vectors(plan_of(model, definitions), pairs)
+
+    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if vector is not None]
+    assert online == [{name: row[name] for name in vector} for row, vector in zip(rows, online, strict=True)]
+
+
+async def test_the_columns_are_named_in_order_and_typed(
+    snapshots: Snapshots, objects: Objects, append_all: AppendAll, model: Model, definitions: Definitions
+) -> None:
+    taken = await take(snapshots, model, definitions, await some_history(append_all))
+
+    schema = pq.read_schema(objects.path_of(taken.path))
+    assert [column.name for column in taken.columns] == [
+        "carrier",
+        "distance",
+        "international",
+        "weather.temp",
+        "weather.fog",
+        "crews.size",
+    ]
+    assert schema.names == ["entity_id", "event_time", "label_time", "label", *(column.name for column in taken.columns)]
+    assert [str(kind) for kind in schema.types] == [
+        "string",
+        *["int64"] * 2,
+        "int32",
+        "string",
+        "double",
+        "int32",
+        "double",
+        "int32",
+        "double",
+    ]
+
+
+async def test_no_rows_make_an_empty_snapshot(snapshots: Snapshots, objects: Objects, model: Model, definitions: Definitions) -> None:
+    taken = await take(snapshots, model, definitions, datetime.now(UTC) - HOUR)
+
+    assert rows_of(objects, taken) == []
+
+
+async def test_a_binary_label_may_be_a_number_but_only_0_or_1(
+    snapshots: Snapshots, objects: Objects, append: Append, model: Model, definitions: Definitions
+) -> None:
+    delayed = model.model_copy(update={"label": model.label.model_copy(update={"column": "delay"})})
+    await append("flights", "A", NOON)
+    row = await append("arrivals", "A", NOON + HOUR, delay=1)
+    assert rows_of(objects, await take(snapshots, delayed, definitions, row.created_at))[0]["label"] == 1
+
+    row = await append("arrivals", "A", NOON + HOUR, delay=17.5)
+    with pytest.raises(UnusableDefinition, match=r"'A' is 17\.5"):
+        await take(snapshots, delayed, definitions, row.created_at)
+
+
+async def test_labels_of_other_types_keep_their_values(
+    snapshots: Snapshots, objects: Objects, append: Append, model: Model, definitions: Definitions
+) -> None:
+    await append("flights", "A", NOON)
+    row = await append("arrivals", "A", NOON + HOUR, delay=17.5, cause="weather")
+
+    for label_type, column, value in (("number", "delay", 17.5), ("multiclass", "cause", "weather")):
+        label = model.label.model_copy(update={"column": column, "type": label_type})
+        taken = await take(snapshots, model.model_copy(update={"label": label}), definitions, row.created_at)
+        assert rows_of(objects, taken)[0]["label"] == value
+
+
+async def test_a_snapshot_of_the_future_is_refused(snapshots: Snapshots, model: Model, definitions: Definitions) -> None:
+    with pytest.raises(PermanentError, match="not possible yet"):
+        await take(snapshots, model, definitions, datetime.now(UTC) + HOUR)
+
+
+def changed(model: Model, **parts: Any) -> dict[str, Any]:
+    document = model.model_dump(mode="json", exclude_none=True)
+    for path, value in parts.items():
+        *parents, last = path.split("__")
+        at: Any = document
+        for parent in parents:
+            at = at[int(parent)] if isinstance(at, list) else at[parent]
+        at[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"spine": "flihgts"}, 404, "no feature set 'flihgts'; there are: arrivals"),
+        ({"label__feature_set": "arivals"}, 404, "no feature set 'arivals'"),
+        ({"label__column": "lateness"}, 422, "'lateness', which is not a feature of 'arrivals'"),
+        ({"label__column": "cause"}, 422, "a binary label is a boolean or a number"),
+        ({"features__1__join": "airport"}, 422, "joins 'weather' by 'airport', which 'flights' has not"),
+        ({"features__1__join": "distance"}, 422, "joins 'weather' by 'distance', a number"),
+        ({"features__1__columns": ["temperature"]}, 422, "'temperature' of 'weather', which has temp, fog"),
+        ({"features": []}, 422, "features"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+async def test_a_bad_query_is_told_what_is_wrong(
+    http: httpx.AsyncClient, model: Model, change: dict[str, Any], status: int, words: str
+) -> None:
+    query = {"model": changed(model, **change), "snapshot_time": NOON.isoformat()}
+
+    reply = await http.post("/v1/snapshots", json=query)
+
+    assert reply.status_code == status
+    assert words in reply.json()["error"]["message"]
+
+
+async def test_columns_that_a_file_cannot_tell_apart_are_refused(snapshots: Snapshots, model: Model, definitions: Definitions) -> None:
+    flights = definitions.feature_set("flights")
+    clashing = dict.fromkeys(("Label", "origin"), flights.features["carrier"])
+    definitions.put(flights.model_copy(update={"features": flights.features | clashing}), 2)
+    all_columns = [source.model_copy(update={"columns": None}) for source in model.features]
+
+    with pytest.raises(UnusableDefinition, match="are taken: label, Label"):
+        await take(snapshots, model.model_copy(update={"features": all_columns}), definitions, NOON)
+
+
+async def test_the_door_takes_a_snapshot(http: httpx.AsyncClient, append_all: AppendAll, model: Model, objects: Objects) -> None:
+    snapshot_time = await some_history(append_all)
+    query = {"model": model.model_dump(mode="json"), "snapshot_time": snapshot_time.isoformat()}
+
+    reply = await http.post("/v1/snapshots", json=query)
+
+    assert reply.status_code == 200, reply.text
+    assert len(rows_of(objects, SnapshotTaken.model_validate_json(reply.content))) == 15

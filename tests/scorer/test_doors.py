@@ -1,0 +1,385 @@
+"""One scorer, asked through every door."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from mojomesh_chassis.objects import open_objects
+from mojomesh_chassis.publishing import Publisher
+from mojomesh_contracts.events import ScoreRequested
+from mojomesh_local import ports
+from tests.scorer.making import (
+    Features,
+    Keys,
+    Registry,
+    Row,
+    Scorer,
+    Trained,
+    read_predictions,
+    records_of,
+    running_scorer,
+    serving_features,
+    with_topics,
+)
+
+
+@dataclass
+class Mesh:
+    """A scorer with a champion of each model, and all around it."""
+
+    scorer: Scorer
+    features: Features
+    publisher: Publisher
+    kafka: str
+    digests: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+async def mesh(kafka_server: str, models: dict[str, Trained], keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    folder = tmp_path_factory.mktemp("doors")
+    features_port = ports.choose()
+    env = {
+        "MOJOMESH_KAFKA": kafka_server,
+        "MOJOMESH_POSTGRES": "postgresql://nobody@127.0.0.1:9/nothing",
+        "MOJOMESH_OBJECTS": (folder / "objects").as_uri(),
+        "MOJOMESH_TOKEN": "a-token-of-the-tests",
+        "MOJOMESH_FEATURES_URL": f"http://127.0.0.1:{features_port}",
+    }
+    publisher = Publisher(kafka_server)
+    registry = Registry(open_objects(env["MOJOMESH_OBJECTS"]), publisher, keys, folder / "bundles")
+    async with with_topics(kafka_server), serving_features(features_port) as features:
+        digests = {name: await registry.store(trained, name) for name, trained in models.items()}
+        for name, digest in digests.items():
+            await registry.promote(name, 1, digest)
+        async with running_scorer(env, keys, folder) as scorer:
+            assert len((await scorer.http.get("/v1/models")).json()) == len(models), scorer.log
+            yield Mesh(scorer, features, publisher, kafka_server, digests)
+        await publisher.close()
+
+
+@pytest.fixture
+def scorer(mesh: Mesh) -> Scorer:
+    return mesh.scorer
+
+
+def by_column(trained: Trained, n_rows: int) -> dict[str, list[Any]]:
+    return {column.name: [row[column.name] for row in trained.rows[:n_rows]] for column in trained.schema.columns}
+
+
+def triton_inputs(client: Any, trained: Trained, n_rows: int, **options: Any) -> list[Any]:
+    """One tensor a column, as a user of tritonclient makes them; every second one of shape [n, 1]."""
+    inputs = []
+    for number, column in enumerate(trained.schema.columns):
+        values = by_column(trained, n_rows)[column.name]
+        if column.type == "category":
+            array, datatype = np.array([value or "" for value in values], dtype=np.object_), "BYTES"
+        else:
+            array, datatype = np.array([np.nan if value is None else value for value in values], dtype=np.float64), "FP64"
+        array = array.reshape(-1, 1) if number % 2 else array
+        tensor = client.InferInput(column.name, list(array.shape), datatype)
+        tensor.set_data_from_numpy(array, **options)
+        inputs.append(tensor)
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["binomial", "multinomial", "regression", "xgboost"])
+async def test_scores_are_those_of_h2o_with_missing_values_and_unseen_levels(scorer: Scorer, models: dict[str, Trained], name: str) -> None:
+    trained = models[name]
+    assert any(value is None for row in trained.rows for value in row.values())
+    assert any(row["carrier"] == "ZZ" for row in trained.rows)
+
+    reply = await scorer.http.post(f"/v1/models/{name}:score", json={"rows": [{"values": row} for row in trained.rows]})
+
+    classes = trained.schema.classes
+    scores = [[one["scores"][level] for level in classes] if classes else [one["score"]] for one in reply.json()["predictions"]]
+    assert np.abs(np.array(scores) - np.array(trained.scores)).max() <= 1e-6
+
+
+async def test_one_row_and_many_rows_get_the_same_scores_to_the_last_bit(scorer: Scorer, models: dict[str, Trained]) -> None:
+    rows = models["binomial"].rows[:100]
+
+    many = (await scorer.http.post("/v1/models/binomial:score", json={"rows": [{"values": row} for row in rows]})).json()
+    one_by_one = [await scorer.score("binomial", row) for row in rows]
+
+    assert [one["score"] for one in many["predictions"]] == [one["score"] for one in one_by_one]
+    assert one_by_one[0]["score"] == one_by_one[0]["scores"]["1"]
+    assert len({one["prediction_id"] for one in one_by_one}) == 100
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "complaint"),
+    [
+        ({"values": {"carier": "AA"}}, 422, "no column 'carier'"),
+        ({"values": {"distance": "far"}}, 422, "'distance' must be a finite number, is 'far'"),
+        ({"event_time": "2013-01-01T00:00:00Z"}, 422, "a row needs values, or an entity_id"),
+        ({"values": {}, "rows": [{"values": {}}]}, 422, "not both"),
+        ({"vals": {}}, 422, "vals"),
+        ({"entity_id": "nobody"}, 404, "nobody: no row of 'flights'"),
+    ],
+)
+async def test_a_bad_request_is_told_what_is_wrong(scorer: Scorer, body: Row, status: int, complaint: str) -> None:
+    reply = await scorer.http.post("/v1/models/binomial:score", json=body)
+
+    assert reply.status_code == status
+    assert complaint in reply.json()["error"]["message"]
+
+
+async def test_a_model_that_nobody_promoted_is_not_found(scorer: Scorer) -> None:
+    reply = await scorer.http.post("/v1/models/nothing:score", json={"values": {}})
+
+    assert reply.status_code == 404
+    assert "no version of model 'nothing' is served" in reply.json()["error"]["message"]
+
+
+async def test_missing_values_and_unknown_levels_are_counted_over_all_workers(scorer: Scorer) -> None:
+    async def counted() -> tuple[float, float]:
+        samples = [
+            sample for family in text_string_to_metric_families((await scorer.admin.get("/metrics")).text) for sample in family.samples
+        ]
+        values = {
+            (sample.name, sample.labels["model"], sample.labels["column"]): sample.value for sample in samples if "column" in sample.labels
+        }
+        missing = values.get(("mojomesh_scorer_missing_values_total", "regression", "hour"), 0)
+        return missing, values.get(("mojomesh_scorer_unknown_levels_total", "regression", "carrier"), 0)
+
+    before = await counted()
+    for _ in range(20):  # each over a connection of its own, so that both workers get some
+        async with httpx.AsyncClient(base_url=scorer.http.base_url, trust_env=False) as client:
+            await client.post("/v1/models/regression:score", json={"values": {"carrier": "??"}})
+
+    after = await counted()
+    assert (after[0] - before[0], after[1] - before[1]) == (20, 20)
+
+
+async def test_an_entity_is_scored_by_its_features_and_the_receipt_names_their_rows(mesh: Mesh, models: dict[str, Trained]) -> None:
+    trained = models["binomial"]
+    mesh.features.vectors["UA1545"] = {**trained.rows[3], "added_later": 1}
+    asked = {"entity_id": "UA1545", "event_time": "2013-05-01T12:30:00Z"}
+
+    reply = await mesh.scorer.http.post("/v1/models/binomial:score?durable=true", json=asked)
+
+    answer = reply.json()
+    assert abs(answer["score"] - trained.scores[3][1]) <= 1e-6
+    assert answer["feature_age_ms"] == {"flights": 1500}
+    assert mesh.features.asked[-1] == {"model": "binomial", "rows": [{"entity_id": "UA1545", "event_time": "2013-05-01T12:30:00+00:00"}]}
+    receipt = (await read_predictions(mesh.kafka, [answer["prediction_id"]]))[answer["prediction_id"]]
+    assert receipt.entity_id == "UA1545"
+    assert receipt.inputs == trained.encode(trained.rows[3])
+    assert receipt.scores == [answer["scores"]["0"], answer["scores"]["1"]]
+    assert [row.seq for row in receipt.rows] == [7]
+
+
+async def test_every_prediction_gets_a_receipt_without_being_asked_for(mesh: Mesh, models: dict[str, Trained]) -> None:
+    ids = {(await mesh.scorer.score("binomial", row))["prediction_id"] for row in models["binomial"].rows[:30]}
+
+    await read_predictions(mesh.kafka, ids)
+
+
+async def test_a_prediction_is_replayed_bit_for_bit(mesh: Mesh, models: dict[str, Trained]) -> None:
+    answer = await mesh.scorer.score("multinomial", models["multinomial"].rows[0])
+    receipt = (await read_predictions(mesh.kafka, [answer["prediction_id"]]))[answer["prediction_id"]]
+    body = {"bundle_digest": answer["bundle_digest"], "inputs": receipt.inputs}
+
+    reply = await mesh.scorer.admin.post("/admin/replay", json=body, headers=mesh.scorer.authorized)
+
+    assert reply.json() == {"scores": list(answer["scores"].values())}
+
+
+@pytest.mark.parametrize("call", ["reload-model", "replay", "workers"])
+async def test_admin_calls_need_the_token(scorer: Scorer, call: str) -> None:
+    method = "GET" if call == "workers" else "POST"
+    for headers in ({}, {"Authorization": "Bearer guessed"}):
+        assert (await scorer.admin.request(method, f"/admin/{call}", json={}, headers=headers)).status_code == 401
+
+
+async def test_requests_on_kafka_are_answered_once_however_often_they_come(mesh: Mesh, models: dict[str, Trained]) -> None:
+    rows = models["binomial"].rows[:40]
+    requests = [ScoreRequested(event_id=uuid4(), model="binomial", entity_id=f"F{n}", values=row) for n, row in enumerate(rows)]
+
+    await mesh.publisher.publish(requests)
+    await mesh.publisher.publish(requests)
+
+    wanted = {str(request.derive_id("prediction")) for request in requests}
+    known = await read_predictions(mesh.kafka, wanted)
+    answered = {receipt.request_id: receipt for receipt in known.values() if receipt.request_id}
+    assert {request.event_id for request in requests} <= answered.keys()
+    for request, scores in zip(requests, models["binomial"].scores, strict=False):
+        assert abs(answered[request.event_id].scores[1] - scores[1]) <= 1e-6
+
+
+async def test_a_bad_request_on_kafka_is_dead_lettered_alone(mesh: Mesh, models: dict[str, Trained]) -> None:
+    good = [ScoreRequested(event_id=uuid4(), model="binomial", values=row) for row in models["binomial"].rows[:10]]
+    bad = ScoreRequested(event_id=uuid4(), model="binomial", values={"carier": "AA"})
+
+    await mesh.publisher.publish([*good[:5], bad, *good[5:]])
+
+    wanted = {str(request.derive_id("prediction")) for request in good}
+    await read_predictions(mesh.kafka, wanted)
+    async with records_of(mesh.kafka, ScoreRequested.topic.dead_letters.name) as letters:
+        letter = await letters.getone()
+    assert json.loads(letter.value)["event_id"] == str(bad.event_id)
+    assert b"no column 'carier'" in dict(letter.headers)["mojomesh-reason"]
+
+
+@pytest.fixture
+def over_http(scorer: Scorer) -> Iterator[Any]:
+    with triton_http.InferenceServerClient(f"127.0.0.1:{scorer.http_port}") as client:
+        yield client
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient_infers_over_http(over_http: Any, models: dict[str, Trained], binary: bool) -> None:
+    trained = models["binomial"]
+    inputs = triton_inputs(triton_http, trained, 200, binary_data=binary)
+    outputs = [triton_http.InferRequestedOutput(name, binary_data=binary) for name in ("probabilities", "prediction_id")]
+
+    result = over_http.infer("binomial", inputs, request_id="mine", outputs=outputs)
+
+    assert np.abs(result.as_numpy("probabilities") - np.array(trained.scores[:200])).max() <= 1e-6
+    assert len(set(result.as_numpy("prediction_id").tolist())) == 200
+    response = result.get_response()
+    assert (response["id"], response["model_version"]) == ("mine", "1")
+    assert [output["name"] for output in response["outputs"]] == ["probabilities", "prediction_id"]
+
+
+def test_tritonclient_gets_all_outputs_when_it_names_none(over_http: Any, models: dict[str, Trained]) -> None:
+    trained = models["regression"]
+
+    result = over_http.infer("regression", triton_inputs(triton_http, trained, 5), model_version="1")
+
+    assert np.abs(result.as_numpy("score") - np.array(trained.scores[:5])[:, 0]).max() <= 1e-6
+    assert result.as_numpy("probabilities") is None
+
+
+def test_tritonclient_learns_over_http_what_is_served(over_http: Any) -> None:
+    assert over_http.is_server_live() and over_http.is_server_ready() and over_http.is_model_ready("binomial")
+    assert not over_http.is_model_ready("nothing")
+    assert over_http.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    metadata = over_http.get_model_metadata("binomial")
+    assert metadata["versions"] == ["1"]
+    assert {"name": "weather.wind", "datatype": "FP64", "shape": [-1]} in metadata["inputs"]
+    assert {"name": "probabilities", "datatype": "FP64", "shape": [-1, 2]} in metadata["outputs"]
+
+
+def test_tritonclient_is_told_over_http_what_is_wrong(over_http: Any, models: dict[str, Trained]) -> None:
+    inputs = triton_inputs(triton_http, models["binomial"], 1)
+    with pytest.raises(InferenceServerException, match="version 9 of model 'binomial' is not served; version 1 is"):
+        over_http.infer("binomial", inputs, model_version="9")
+    tensor = triton_http.InferInput("carier", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array(["AA"], dtype=np.object_))
+    with pytest.raises(InferenceServerException, match="no column 'carier'"):
+        over_http.infer("binomial", [tensor])
+
+
+@pytest.fixture
+def over_grpc(scorer: Scorer) -> Iterator[Any]:
+    with triton_grpc.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
+        yield client
+
+
+def test_tritonclient_infers_over_grpc(over_grpc: Any, models: dict[str, Trained]) -> None:
+    trained = models["multinomial"]
+
+    result = over_grpc.infer("multinomial", triton_inputs(triton_grpc, trained, 300), request_id="mine")
+
+    probabilities = result.as_numpy("probabilities")
+    assert np.abs(probabilities - np.array(trained.scores[:300])).max() <= 1e-6
+    assert (result.as_numpy("score") == probabilities.max(axis=1)).all()
+    assert len(set(result.as_numpy("prediction_id").tolist())) == 300
+    assert (result.get_response().id, result.get_response().model_version) == ("mine", "1")
+
+
+def test_tritonclient_learns_over_grpc_what_is_served(over_grpc: Any) -> None:
+    assert over_grpc.is_server_live() and over_grpc.is_server_ready() and over_grpc.is_model_ready("binomial")
+    assert not over_grpc.is_model_ready("nothing")
+    assert over_grpc.get_server_metadata().name == "mojomesh-scorer"
+    assert [tensor.name for tensor in over_grpc.get_model_metadata("regression").outputs] == ["score", "prediction_id"]
+
+
+def test_tritonclient_is_told_over_grpc_what_is_wrong(over_grpc: Any, models: dict[str, Trained]) -> None:
+    with pytest.raises(InferenceServerException, match=r"NOT_FOUND.*no version of model 'nothing'"):
+        over_grpc.infer("nothing", triton_inputs(triton_grpc, models["binomial"], 1))
+    tensor = triton_grpc.InferInput("distance", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array(["far"], dtype=np.object_))
+    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*'distance' is a number"):
+        over_grpc.infer("binomial", [tensor])
+
+
+async def test_grpc_has_health_and_reflection(scorer: Scorer) -> None:
+    service = "inference.GRPCInferenceService"
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{scorer.grpc_port}") as channel:
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([asked]))
+        listed = [one.name async for answer in answers for one in answer.list_services_response.service]
+    assert service in listed
+
+
+async def test_a_bare_nan_in_json_is_missing(scorer: Scorer, models: dict[str, Trained]) -> None:
+    inputs = [{"name": "distance", "shape": [1], "datatype": "FP64", "data": [float("nan")]}]
+    text = json.dumps({"inputs": inputs})
+    assert "NaN" in text
+
+    reply = await scorer.http.post("/v2/models/binomial/infer", content=text)
+
+    assert reply.json()["outputs"][0]["data"] == [(await scorer.score("binomial", {}))["score"]]
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("{", "not JSON"),
+        ('{"inputs": []}', "no inputs"),
+        ('{"inputs": [{"name": "hour"}]}', "not an inference request"),
+        ('{"inputs": [{"name": "hour", "shape": [2], "datatype": "FP64", "data": [1]}]}', "has 1 elements, its shape says 2"),
+        ('{"inputs": [{"name": "hour", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}]}', "shape [n] or [n, 1]"),
+        ('{"inputs": [{"name": "hour", "shape": [1], "datatype": "FP63", "data": [1]}]}', "'FP63'"),
+        ('{"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "parameters": {"binary_data_size": 9}}]}', "binary_data_size 9"),
+    ],
+)
+async def test_what_is_no_inference_request_is_refused_as_the_protocol_says(scorer: Scorer, body: str, complaint: str) -> None:
+    reply = await scorer.http.post("/v2/models/binomial/infer", content=body)
+
+    assert reply.status_code == 400
+    assert complaint in reply.json()["error"]
+
+
+async def test_a_worker_refuses_early_what_is_too_much(
+    kafka_server: str, mesh: Mesh, models: dict[str, Trained], keys: Keys, tmp_path: Path
+) -> None:
+    mesh.features.vectors["UA1"] = models["binomial"].rows[0]
+    # Each worker takes one request at a time, and the look-up does not come back.
+    env = {**mesh.scorer.child.command.env, "SCORER_WORKERS": "1", "SCORER_MAX_IN_FLIGHT": "1", "MOJOMESH_REPLICA": "1"}
+    async with running_scorer(env, keys, tmp_path) as scorer:
+        mesh.features.gate.clear()
+        n_asked = len(mesh.features.asked)
+        waiting = asyncio.create_task(scorer.http.post("/v1/models/binomial:score", json={"entity_id": "UA1"}))
+        while len(mesh.features.asked) == n_asked:
+            await asyncio.sleep(0.01)
+
+        refused = await scorer.http.post("/v1/models/binomial:score", json={"values": {}})
+        with triton_grpc.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
+            inputs = triton_inputs(triton_grpc, models["binomial"], 1)
+            with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
+                await asyncio.to_thread(client.infer, "binomial", inputs)
+        mesh.features.gate.set()
+
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert (await waiting).status_code == 200
+        await scorer.score("binomial", {})

@@ -1,0 +1,126 @@
+"""Worker processes come and go; what they promised stays."""
+
+import asyncio
+import signal
+from uuid import uuid4
+
+import httpx
+import psutil
+import pytest
+
+from mojomesh_contracts.events import ScoreRequested
+from tests.scorer.making import Registry, Scorer, StartScorer, Trained, read_predictions, under_load
+
+
+async def all_serving(scorer: Scorer, n_workers: int) -> list[int]:
+    """Process ids of the workers, once there are so many and all listen."""
+    while True:
+        workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
+        if len(workers) == n_workers and all(worker["open"] for worker in workers):
+            assert all(worker["serving"] == {"delay": 1} for worker in workers)
+            return [worker["pid"] for worker in workers]
+        await asyncio.sleep(0.05)
+
+
+async def test_a_worker_killed_under_load_is_replaced_with_its_models_loaded(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
+) -> None:
+    trained = models["binomial"]
+    await registry.promote("delay", 1, await registry.store(trained, "delay"))
+    scorer = await start_scorer()
+    before = await all_serving(scorer, 2)
+
+    async with under_load(scorer, "delay", trained.rows) as load:
+        await load.at_least(100)
+        psutil.Process(before[0]).kill()
+        while psutil.pid_exists(before[0]):
+            await asyncio.sleep(0.01)
+        after = await all_serving(scorer, 2)
+        n_failed = len(load.failures)
+        await load.at_least(100)
+
+    # Only requests in flight on the dead worker's connections, one a client, may have failed; a client that retries sees none.
+    assert n_failed <= 4
+    assert len(load.failures) == n_failed
+    assert before[1] in after and before[0] not in after
+    assert all(abs(reply.score - trained.scores[reply.row][1]) <= 1e-6 for reply in load.replies)
+
+
+async def test_without_the_supervisor_nobody_replaces_a_killed_worker(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
+) -> None:
+    """The control of the test above: the supervisor stands still while the worker dies, and goes on afterwards."""
+    await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
+    scorer = await start_scorer()
+    before = await all_serving(scorer, 2)
+    supervisor = psutil.Process(scorer.child.pid)
+
+    supervisor.suspend()
+    psutil.Process(before[0]).kill()
+    await asyncio.sleep(3)
+    assert [worker.pid for worker in scorer.workers()] == [before[1]]
+
+    supervisor.resume()
+    assert before[0] not in await all_serving(scorer, 2)
+
+
+async def test_workers_die_with_a_killed_supervisor(start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]) -> None:
+    await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
+    scorer = await start_scorer()
+    workers = scorer.workers()
+    assert len(workers) == 2
+
+    psutil.Process(scorer.child.pid).kill()
+
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        await asyncio.sleep(0.02)
+    with pytest.raises(httpx.TransportError):
+        await scorer.http.get("/v2/health/live")
+
+
+async def test_a_second_scorer_on_the_same_ports_is_refused(start_scorer: StartScorer, registry: Registry) -> None:
+    scorer = await start_scorer(SCORER_WORKERS="1")
+
+    second = await asyncio.create_subprocess_exec(
+        *scorer.child.command.argv, env={**scorer.child.command.env, "SCORER_ADMIN_PORT": "0"}, stderr=asyncio.subprocess.PIPE
+    )
+    _, complaint = await second.communicate()
+
+    assert second.returncode != 0
+    assert b"Address already in use" in complaint
+    assert len(scorer.workers()) == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+async def test_a_scorer_that_is_asked_to_stop_loses_no_receipt(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained], kafka: str, stop: signal.Signals
+) -> None:
+    trained = models["binomial"]
+    await registry.promote("delay", 1, await registry.store(trained, "delay"))
+    scorer = await start_scorer()
+
+    answers = [await scorer.score("delay", row) for row in trained.rows[:50]]
+    psutil.Process(scorer.child.pid).send_signal(stop)
+    while scorer.child.running:
+        await asyncio.sleep(0.02)
+
+    ids = {answer["prediction_id"] for answer in answers}
+    await read_predictions(kafka, ids)
+
+
+async def test_requests_on_kafka_go_on_when_a_worker_is_killed(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained], kafka: str
+) -> None:
+    trained = models["binomial"]
+    await registry.promote("delay", 1, await registry.store(trained, "delay"))
+    scorer = await start_scorer()
+    pids = await all_serving(scorer, 2)
+    requests = [ScoreRequested(event_id=uuid4(), model="delay", entity_id=f"F{n}", values=trained.rows[n % 100]) for n in range(3000)]
+
+    await registry.publisher.publish(requests[:1500])
+    psutil.Process(pids[1]).kill()
+    await registry.publisher.publish(requests[1500:])
+
+    wanted = {str(request.derive_id("prediction")) for request in requests}
+    known = await read_predictions(kafka, wanted)
+    assert known.keys() == wanted

@@ -32,11 +32,11 @@ N_ASKED = 6_000
 Json = dict[str, Any]
 
 BAD: dict[str, Json] = {
-    "unknown field": {"values": {"carrier": "UA", "colour": "red"}},
-    "not a number": {"values": {"carrier": "UA", "distance": "far"}},
-    "below its minimum": {"values": {"carrier": "UA", "distance": -1}},
-    "not defined": {"feature_set": "trains"},
-    "in the future": {"event_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()},
+    "is not a feature of": {"values": {"carrier": "UA", "colour": "red"}},
+    "must be a number": {"values": {"carrier": "UA", "distance": "far"}},
+    "less than the minimum": {"values": {"carrier": "UA", "distance": -1}},
+    "no feature set is named 'trains'": {"feature_set": "trains"},
+    "is not between 1900 and now": {"event_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()},
 }
 
 

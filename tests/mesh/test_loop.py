@@ -38,8 +38,7 @@ async def test_every_event_is_stored_once_or_dead_lettered_with_its_reason(janua
     assert not stored.keys() & letters.keys()
     assert {None, *ledger.bad} <= letters.keys()
     for event_id, reason in ledger.bad.items():
-        told = dict(letters[event_id].headers)["mojomesh-reason"].decode()
-        assert reason in told or "future" in reason, told
+        assert reason in dict(letters[event_id].headers)["mojomesh-reason"].decode()
     assert letters[None].value == b"not JSON"
 
 

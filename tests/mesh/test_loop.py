@@ -46,7 +46,7 @@ async def test_the_first_version_beats_the_naive_model_and_its_mojo_is_the_model
     manifest = (await january.version(1))["manifest"]
 
     assert len(manifest["folds"]) == 2
-    assert manifest["metrics"]["auc"] > manifest["naive"]["auc"] == 0.5
+    assert manifest["metrics"]["auc"] > manifest["naive"]["auc"]
     assert manifest["parity"] <= 1e-6
     assert manifest["cause"]["kind"] == "requested"
 
@@ -88,7 +88,9 @@ async def over_v2(client: Client, vector: Json, v2: Any) -> float:
         for name, value in vector.items():
             text = isinstance(value, str)
             tensor = v2.InferInput(name, [1], "BYTES" if text else "FP64")
-            tensor.set_data_from_numpy(np.array([value.encode()], dtype=object) if text else np.array([np.nan if value is None else value]))
+            tensor.set_data_from_numpy(
+                np.array([value.encode()], dtype=object) if text else np.array([np.nan if value is None else float(value)])
+            )
             inputs.append(tensor)
         answer = await server.infer(MODEL, inputs)
         return float(answer.as_numpy("score").ravel()[0])

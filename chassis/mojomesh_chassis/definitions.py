@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mojomesh_chassis.consuming import CatchesUp, MeshRouter
 from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.reading import read_topics
 from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.definitions import DefinitionError, FeatureSet, Model, definition_id, parse_definition
 from mojomesh_contracts.events import DefinitionApplied, Event
@@ -66,3 +67,15 @@ async def on_definitions_applied(events: Sequence[DefinitionApplied], definition
 def subscribe_definitions(router: MeshRouter) -> None:
     """Let a service's `definitions` resource follow the topic."""
     router.broadcast(DefinitionApplied)(on_definitions_applied)
+
+
+async def read_definitions(kafka: str) -> Definitions:
+    """What is declared now, for a program that does not stay.
+
+    Raises:
+        TransientError: Nobody answers at `kafka`.
+    """
+    definitions = Definitions()
+    async for record in read_topics(kafka, [DefinitionApplied.topic.name]):
+        await on_definitions_applied([DefinitionApplied.model_validate_json(record.value)], definitions)
+    return definitions

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 
 from mojomesh_chassis.bundles import Bundle, fetch_bundle
+from mojomesh_chassis.dead_letters import REASON
 from mojomesh_chassis.objects import open_objects
 from mojomesh_chassis.publishing import open_publisher
 from mojomesh_chassis.settings import MeshSettings
@@ -275,7 +276,7 @@ async def _facts(run: Run) -> said.Facts:
         published=run.replay.n_published + run.replay.n_bad,
         sent_bad_on_purpose=run.replay.n_bad,
         stored=await run.mesh.stored(),
-        dead_letters=[said.DeadLetter(value=letter["value"], reason=letter["reason"]) for letter in letters],
+        dead_letters=[said.DeadLetter(value=letter["value"], reason=letter[REASON]) for letter in letters],
     )
 
 

@@ -62,8 +62,10 @@ class Publisher:
         if not records:
             return
         producer = await self._open()
+        # aiokafka takes a record without key and value, as a dead letter may be, in a batch only.
+        by_batches = len(records) > FEW or any(key is None and value is None for _, key, value, _ in records)
         try:
-            await asyncio.gather(*(await _sending_many(producer, records) if len(records) > FEW else await _sending(producer, records)))
+            await asyncio.gather(*(await _sending_many(producer, records) if by_batches else await _sending(producer, records)))
         except _BROKEN_FOR_GOOD as error:
             # The sequence of this producer cannot be mended (aio-libs/aiokafka#1017); the next call opens another.
             await self._give_up(producer)

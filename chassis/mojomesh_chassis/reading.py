@@ -16,7 +16,7 @@ async def read_topics(kafka: str, topics: Iterable[str]) -> AsyncIterator[Consum
         NotFound: A topic does not exist.
     """
     wanted = set(topics)
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="earliest", isolation_level="read_committed")
+    consumer = AIOKafkaConsumer(*wanted, bootstrap_servers=kafka, auto_offset_reset="earliest", isolation_level="read_committed")
     try:
         await consumer.start()
     except KafkaConnectionError as error:
@@ -25,7 +25,6 @@ async def read_topics(kafka: str, topics: Iterable[str]) -> AsyncIterator[Consum
     try:
         if missing := wanted - await consumer.topics():
             raise NotFound(f"Kafka at {kafka} has no topic {', '.join(sorted(missing))}; run `mojomesh migrate`")
-        consumer.subscribe(list(wanted))
         ends = await consumer.end_offsets(consumer.assignment())
         while any([await consumer.position(partition) < end for partition, end in ends.items()]):
             for records in (await consumer.getmany(timeout_ms=200, max_records=5_000)).values():

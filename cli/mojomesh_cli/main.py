@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_cli import definitions, features, models, scoring, stack
+from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -22,12 +22,15 @@ app = typer.Typer(
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "The mesh on this machine": (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate),
     "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback),
+    "Data": (publish.publish,),
     "Predictions": (scoring.score, features.why, scoring.replay, features.drift),
 }
 
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+
+app.add_typer(dead_letters.dlt, name="dlt", rich_help_panel="Data")
 
 # Other packages add commands of their own, as the demo does.
 for added in entry_points(group="mojomesh.commands"):

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from aiokafka import ConsumerRecord
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -144,6 +144,21 @@ async def test_garbage_is_dead_lettered_as_it_came_and_the_partition_goes_on(
     (origin, _) = await records.read(RECEIVED)
     assert (about["mojomesh-topic"], about["mojomesh-service"]) == (RECEIVED.encode(), b"tester")
     assert (about["mojomesh-partition"], about["mojomesh-offset"]) == (str(origin.partition).encode(), b"0")
+
+
+async def test_a_record_without_key_and_value_is_dead_lettered_too(settings: MeshSettings, records: Any, kafka: str) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=kafka) as producer:
+        batch = producer.create_batch()
+        batch.append(timestamp=None, key=None, value=None, headers=[])
+        await (await producer.send_batch(batch, RECEIVED, partition=0))
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        return []
+
+    await run(settings, records, on_events)
+
+    (buried,) = await records.read(BURIED)
+    assert (buried.key, buried.value) == (None, None)
 
 
 async def test_a_record_that_grows_too_large_when_unpacked_is_dead_lettered(settings: MeshSettings, records: Any) -> None:

@@ -7,7 +7,7 @@ from mojomesh_chassis.consuming import MeshRouter
 from mojomesh_chassis.definitions import Definitions, subscribe_definitions
 from mojomesh_chassis.errors import Rejected
 from mojomesh_contracts.events import EventReceived, FeaturesWritten
-from mojomesh_ingest.validation import problem_of
+from mojomesh_contracts.validation import problem_of
 from mojomesh_store import rows
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow

@@ -23,13 +23,14 @@ from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import Event, FoldTrained, ModelReady
 from mojomesh_trainer import tables
 from mojomesh_trainer.bundling import Champion, Folds, Tools, make_bundle
+from mojomesh_trainer.cluster import H2OFailed, H2OUnreachable
 from mojomesh_trainer.errors import RunFailed, RunInterrupted
 from mojomesh_trainer.folds import TooLittleHistory, from_ms, plan_folds
 from mojomesh_trainer.runners import FoldRunner
 from mojomesh_trainer.settings import TrainerSettings
 from mojomesh_trainer.snapshots import Snapshot
 from mojomesh_trainer.tables import LeaseLost, Run
-from mojomesh_trainer.training import FoldPredictions, TrainingTask, predictions_key, result_key
+from mojomesh_trainer.training import FoldPredictions, TrainingTask, predictions_key, result_key, unload_snapshot
 
 POLL_S = 1.0
 SNAPSHOT_TIMEOUT_S = 300.0
@@ -70,11 +71,11 @@ class Trainer:
 
     async def work(self) -> None:
         """Take runs, until cancelled."""
-        me = f"{self.settings.replica}/{uuid4().hex[:8]}"
+        process = uuid4().hex[:8]
         while True:
             try:
                 async with self.database.begin() as db:
-                    run = await tables.lease_run(db, me, self.settings.lease_s)
+                    run = await tables.lease_run(db, self.settings.replica, process, self.settings.lease_s)
                 if run is None:
                     await self.bell.heard()
                 else:
@@ -102,9 +103,9 @@ class Trainer:
     async def _end(self, run: Run) -> None:
         with tracer.start_as_current_span(f"train {run.model}"):
             try:
-                if run.tries > self.settings.tries:
-                    raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                 if run.state != "announcing":
+                    if run.tries > self.settings.tries:
+                        raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                     await self._train(run)
                 await self._announce(run)
             except TransientError as error:
@@ -134,14 +135,25 @@ class Trainer:
             run.pipeline_run = pipeline_run
             await self._save(run, pipeline_run=pipeline_run)
 
-        block_runs = await self.runner.train(task, run.pipeline_run, keep)
-        folds = await self._folds(task, run, block_runs)
-        await self._save(run, stage="final model")
-        tools = Tools(self.objects, self.settings.signing_key, self.settings.public_key)
-        digest = await make_bundle(task, cause, taken, snapshot, folds, champion, tools)
+        try:
+            block_runs = await self.runner.train(task, run.pipeline_run, keep)
+            folds = await self._folds(task, run, block_runs)
+            await self._save(run, stage="final model")
+            tools = Tools(self.objects, self.settings.signing_key, self.settings.public_key)
+            digest = await make_bundle(task, cause, taken, snapshot, folds, champion, tools)
+        except PermanentError:
+            await self._unload(task)
+            raise
+        await self._unload(task)
         fault("trainer.bundle_published")
         run.announced = [event.model_dump(mode="json") for event in _announcements(run, folds.results, digest)]
         await self._save(run, state="announcing", stage=None, bundle_digest=digest, announced=run.announced)
+
+    async def _unload(self, task: TrainingTask) -> None:
+        try:
+            await asyncio.to_thread(unload_snapshot, task)
+        except (H2OUnreachable, H2OFailed) as error:  # no reason to fail a run
+            log.warning("snapshot_left_in_h2o", run_id=str(task.run_id), reason=str(error))
 
     async def _announce(self, run: Run) -> None:
         fault("trainer.before_announcement")

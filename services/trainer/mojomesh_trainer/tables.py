@@ -76,9 +76,13 @@ async def open_run(db: AsyncSession, run_id: UUID, model: str, cause: Cause, sna
     return await db.get_one(Run, run_id)
 
 
-async def lease_run(db: AsyncSession, leased_by: str, lease_s: float) -> Run | None:
-    """Take the oldest run that nobody works on; None when there is none. What it was known at is fixed when it is first taken."""
-    free = or_(Run.leased_until.is_(None), Run.leased_until < func.clock_timestamp())
+async def lease_run(db: AsyncSession, replica: str, process: str, lease_s: float) -> Run | None:
+    """Take the oldest run that nobody works on; None when there is none. What it was known at is fixed when it is first taken.
+
+    A replica has one process, so a run that an earlier process of it left behind is free at once.
+    """
+    ours = Run.leased_by.startswith(f"{replica}/", autoescape=True)
+    free = or_(Run.leased_until.is_(None), Run.leased_until < func.clock_timestamp(), ours)
     found = await db.scalar(
         select(Run)
         .where(Run.state.in_(["waiting", "running", "announcing"]), free)
@@ -96,7 +100,7 @@ async def lease_run(db: AsyncSession, leased_by: str, lease_s: float) -> Run | N
             tries=Run.tries + 1,
             snapshot_time=func.coalesce(Run.snapshot_time, func.clock_timestamp()),
             started_at=func.coalesce(Run.started_at, func.clock_timestamp()),
-            leased_by=leased_by,
+            leased_by=f"{replica}/{process}",
             leased_until=_from_now(lease_s),
         )
     )

@@ -1,4 +1,4 @@
-"""Whether an event can become a feature row: one answer, in words, for the HTTP door and for Kafka."""
+"""Whether an event can become a feature row: one answer, in words, at every door."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -33,7 +33,7 @@ from mojomesh_contracts.bundles import (
     Golden,
     Manifest,
 )
-from mojomesh_contracts.definitions import Model, definition_id
+from mojomesh_contracts.definitions import FeatureSet, Model, definition_id
 from mojomesh_contracts.events import (
     DefinitionApplied,
     DriftDetected,
@@ -183,11 +183,12 @@ async def service(
         "MOJOMESH_PUBLIC_KEY": str(keys[1]),
     }
     service = Service(mesh_env | own, tmp_path)
+    declared: list[FeatureSet | Model] = [*definitions.feature_sets.values(), model]
     applied = [
         DefinitionApplied(
             event_id=uuid4(), definition_id=definition_id(definition), version=1, definition=definition.model_dump(mode="json")
         )
-        for definition in [*definitions.feature_sets.values(), model]
+        for definition in declared
     ]
     await service.publish(*applied)
     await service.start()

@@ -46,12 +46,12 @@ class Call:
 
 
 class Load:
-    """Asks at a fixed rate, whatever the answers take (open loop). Every fourth request goes through the V2 door, with values."""
+    """Asks at a rate, whatever the answers take (open loop). Every fourth request goes through the V2 door, with values."""
 
     def __init__(self, url: str, rate: float, choose: Choose) -> None:
         parsed = urlparse(url)
         self._host, self._port = parsed.hostname or "127.0.0.1", parsed.port or 80
-        self._rate = rate
+        self.rate = rate  # requests a second; may be changed while it runs
         self._choose = choose
         self._random = random.Random(2013)
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -63,7 +63,7 @@ class Load:
         try:
             due = time.time()
             while True:
-                due += 1 / self._rate
+                due += 1 / self.rate
                 if (ahead := due - time.time()) > TICK_S:
                     await asyncio.sleep(ahead)
                 if (asked := self._choose(self._random)) is not None:

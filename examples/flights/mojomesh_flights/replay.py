@@ -33,7 +33,8 @@ class Plan:
     until: datetime = WHOLE_YEAR
     history_pace: int = 12_000  # facts a second, before there is a model
     pace: int = 4_000  # facts a second after that
-    load: int = 150  # HTTP requests a second
+    load: int = 60  # HTTP requests a second
+    swap_load: int = 300  # from the moment a version is ready until it serves; a swap takes a second or two, and many should see it
     drift: bool = True
 
 

@@ -20,7 +20,7 @@ from mojomesh_flights.load import MODEL, Asked
 from mojomesh_flights.mesh import Mesh
 
 TICK_S = 0.1
-MOST_BEHIND = 10_000  # questions without an answer, at which the clock waits for the mesh
+MOST_BEHIND = 4_000  # questions without an answer, at which the clock waits for the mesh: what is far behind is late to see drift
 PATIENCE_S = 60.0
 RECENT = 5_000  # flights that the HTTP load asks about
 

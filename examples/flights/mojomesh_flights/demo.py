@@ -212,11 +212,8 @@ class _Numbers:
     def _live_auc(self) -> str:
         predictions = self._run.listener.predictions
         start = max(0, len(predictions) - LIVE_FLIGHTS)
-        asked = [
-            (self._rows[name], score)
-            for name, score in zip(predictions.entity_ids[start:], predictions.scores[start:], strict=False)
-            if name
-        ]
+        last = zip(predictions.by_kafka[start:], predictions.entity_ids[start:], predictions.scores[start:], strict=False)
+        asked = [(self._rows[name], score) for by_kafka, name, score in last if by_kafka and name]
         rows = np.array([row for row, _ in asked], dtype=np.int64)
         known = self._label_ms[rows] <= self._run.replay.event_ms
         found = auc(self._late[rows][known], np.array([score for _, score in asked])[known]) if known.any() else None

@@ -71,7 +71,7 @@ class Load:
                     await asyncio.sleep(ahead)
                 if (asked := self._choose(self._random)) is not None:
                     door: Door = "v2" if self._random.random() < 0.25 else "native"
-                    task = asyncio.create_task(self._ask(door, asked, due))
+                    task = asyncio.create_task(self._ask(door, asked, min(due, time.time())))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
         finally:

@@ -54,6 +54,9 @@ contracts: setup ## Add changed event schemas to the golden ones (refused if the
 	$(BIN)/python -m mojomesh_contracts.compatibility --write
 	$(BIN)/python -m mojomesh_contracts.asyncapi --write
 
+demo: setup ## A year of flights through the whole mesh, in minutes; ends with reports/demo.html
+	$(BIN)/mojomesh demo
+
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 

@@ -6,6 +6,7 @@ warmer than it was, so that the mesh finds drift and retrains itself while more 
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 from mojomesh_contracts.events import DriftDetected, EventReceived, ModelDeployed, ScoreRequested
 from mojomesh_flights.dataset import Fact, Year, read_year
 from mojomesh_local.stack import Mesh, running_stack
+from mojomesh_local.state import SERVERS
+from tests.mesh.containers import services_in_containers
 
 MODEL = "flight-delay"
 FLIGHTS = Path(__file__).parents[2] / "examples" / "flights"
@@ -136,8 +139,12 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mesh(tmp_path_factory: pytest.TempPathFactory, faults: Path) -> Iterator[Mesh]:
-    """The whole stack, its processes ready to be killed."""
+    """The whole stack, its processes ready to be killed; with `MOJOMESH_TEST_SERVICES=images` the services run in their containers."""
     folder = tmp_path_factory.mktemp("mesh")
+    if os.environ.get("MOJOMESH_TEST_SERVICES") == "images":
+        with running_stack(folder / "state", only=SERVERS) as mesh, services_in_containers(mesh, folder):
+            yield mesh
+        return
     env = {"MOJOMESH_FAULT": str(faults), "MOJOMESH_TRACES": str(folder / "traces"), "SCORER_WORKERS": "2"}
     with running_stack(folder / "state", env=env) as mesh:
         yield mesh

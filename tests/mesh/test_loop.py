@@ -88,9 +88,8 @@ async def over_v2(client: Client, vector: Json, v2: Any) -> float:
         for name, value in vector.items():
             text = isinstance(value, str)
             tensor = v2.InferInput(name, [1], "BYTES" if text else "FP64")
-            tensor.set_data_from_numpy(
-                np.array([value.encode()], dtype=object) if text else np.array([np.nan if value is None else float(value)])
-            )
+            cell = value.encode() if text else np.nan if value is None else float(value)
+            tensor.set_data_from_numpy(np.array([cell], dtype=object if text else np.float64))
             inputs.append(tensor)
         answer = await server.infer(MODEL, inputs)
         return float(answer.as_numpy("score").ravel()[0])

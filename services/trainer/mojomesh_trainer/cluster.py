@@ -165,14 +165,16 @@ class Cluster:
             "build_control": {"project_name": key, "stopping_criteria": {"max_runtime_secs": 0, **criteria}, **control},
             "build_models": params,
         }
-        job = self.ask("POST /99/AutoMLBuilder", body=body)["job"]["key"]["name"]
-        self.wait(job)
-        models = self.ask(f"GET /99/Leaderboards/{quote(key)}")["models"]
-        for model in models:
-            self._made(model["name"])
-        if not models:
+        job = self.ask("POST /99/AutoMLBuilder", body=body)["job"]
+        self.wait(job["key"]["name"])
+        state = self.ask(f"GET /99/AutoML/{quote(job['dest']['name'], safe='')}")
+        leaders = [model["name"] for model in state["leaderboard"]["models"]]
+        if not leaders:
             raise H2OFailed("AutoML trained no model")
-        return self._trained(models[0]["name"], job)
+        # It names what it makes itself, with a mark of its own in each name.
+        mark = leaders[0][leaders[0].index("AutoML_") :]
+        self._keys += [job["dest"]["name"], *(name for name in self._names() if mark in name)]
+        return self._trained(leaders[0], job["key"]["name"])
 
     def _trained(self, key: str, job: str) -> Trained:
         output = self.ask(f"GET /3/Models/{quote(key)}")["models"][0]
@@ -231,15 +233,21 @@ class Cluster:
             yield
         finally:
             while len(self._keys) > kept:
-                self.ask(f"DELETE /3/DKV/{quote(self._keys.pop())}")
+                self._remove(self._keys.pop())
 
     def remove_all(self, prefix: str) -> None:
         """Remove every frame and model whose key starts with `prefix`, whoever made them."""
-        frames = [frame["frame_id"]["name"] for frame in self._listed("GET /3/Frames")["frames"]]
-        models = [model["model_id"]["name"] for model in self._listed("GET /3/Models")["models"]]
-        for key in frames + models:
-            if key.startswith(prefix):
-                self.ask(f"DELETE /3/DKV/{quote(key)}")
+        for name in self._names():
+            if name.startswith(prefix):
+                self._remove(name)
+
+    def _names(self) -> list[str]:
+        """The names of all frames and models in the cluster."""
+        frames, models = self._listed("GET /3/Frames")["frames"], self._listed("GET /3/Models")["models"]
+        return [frame["frame_id"]["name"] for frame in frames] + [model["model_id"]["name"] for model in models]
+
+    def _remove(self, name: str) -> None:
+        self.ask(f"DELETE /3/DKV/{quote(name, safe='')}")
 
     def _listed(self, endpoint: str) -> Any:
         """A list of all there is; it fails when anything, of any run, is removed while H2O makes it."""

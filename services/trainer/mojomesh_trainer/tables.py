@@ -120,14 +120,23 @@ async def save_run(db: AsyncSession, run: Run, lease_s: float, **values: Any) ->
         raise LeaseLost(str(run.run_id))
 
 
-async def end_run(db: AsyncSession, run: Run, state: State, reason: str | None = None) -> None:
-    """Give the run up for good (`succeeded`, `failed`), or back (`waiting`).
+async def pause_run(db: AsyncSession, run: Run, wait_s: float, reason: str) -> None:
+    """Put the run back for `wait_s`; that it was begun does not count, since it was not the run's fault.
 
     Raises:
         LeaseLost: It is somebody else's now.
     """
-    ended = None if state == "waiting" else func.clock_timestamp()
-    await save_run(db, run, 0, state=state, reason=reason, stage=None, ended_at=ended)
+    state = "announcing" if run.announced else "waiting"
+    await save_run(db, run, wait_s, leased_by=None, state=state, reason=reason, stage=None, tries=Run.tries - 1)
+
+
+async def end_run(db: AsyncSession, run: Run, state: State, reason: str | None = None) -> None:
+    """Give the run up for good.
+
+    Raises:
+        LeaseLost: It is somebody else's now.
+    """
+    await save_run(db, run, 0, state=state, reason=reason, stage=None, ended_at=func.clock_timestamp())
 
 
 async def runs(db: AsyncSession, model: str | None, limit: int) -> Sequence[Run]:

@@ -37,6 +37,14 @@ class TrainingTask(Frozen):
     """For one fold."""
 
 
+class FoldFailure(Frozen):
+    """Why a fold, or what goes before the folds, failed."""
+
+    reason: str
+    h2o_away: bool
+    """It may succeed when H2O is back."""
+
+
 @dataclass(frozen=True)
 class FoldPredictions:
     """What a fold's model said of its test rows, in the snapshot's order."""
@@ -68,6 +76,11 @@ def result_key(results: str, fold: int) -> str:
 def predictions_key(results: str, fold: int) -> str:
     """Where a fold's FoldPredictions lie."""
     return f"{results}/fold-{fold}.npz"
+
+
+def failure_key(results: str, block: str) -> str:
+    """Where a block of Mage that failed leaves its FoldFailure."""
+    return f"{results}/{block.replace(':', '-')}.failed.json"
 
 
 def key_prefix(run_id: UUID) -> str:

@@ -54,10 +54,13 @@ contracts: setup ## Add changed event schemas to the golden ones (refused if the
 	$(BIN)/python -m mojomesh_contracts.compatibility --write
 	$(BIN)/python -m mojomesh_contracts.asyncapi --write
 
+demo: setup ## A year of flights through the whole mesh, in minutes; ends with reports/demo.html
+	$(BIN)/mojomesh demo
+
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format contracts test images
+.PHONY: help setup lock check format contracts demo test images

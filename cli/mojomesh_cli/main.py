@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_cli import dead_letters, definitions, models, publish, stack
+from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "The mesh on this machine": (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate),
     "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback),
     "Data": (publish.publish,),
+    "Predictions": (scoring.score, features.why, scoring.replay, features.drift),
 }
 
 for panel, commands in COMMANDS.items():

@@ -10,6 +10,7 @@
 -- `complete from` are left out; an entry that no load has made whole (loaded at 0) may lack later ones too.
 
 local EVER = -9007199254740992 -- -2^53
+local kept = tonumber(ARGV[1])
 
 local function later(a, b)
   if a.event ~= b.event then return a.event > b.event end
@@ -38,35 +39,13 @@ local function read(key, name, generation, rows)
   return {complete_from = tonumber(complete_from), loaded_at = loaded_at, load_ms = load_ms}
 end
 
-local generation = redis.call('GET', KEYS[1])
-if not generation then
-  generation = ARGV[3]
-  redis.call('SET', KEYS[1], generation)
-end
-if ARGV[2] ~= '' and ARGV[2] ~= generation then return 0 end
-
-local kept, position = tonumber(ARGV[1]), 5
-for n = 2, #KEYS do
-  local key, name, loaded = KEYS[n], ARGV[position], ARGV[position + 1] ~= ''
-  local rows = {}
-  local entry = read(key, name, generation, rows)
-  entry = entry or {complete_from = EVER, loaded_at = '0', load_ms = '0'}
-  local was_whole = entry.loaded_at ~= '0'
-  if loaded then
-    -- Rows that were left out since the load began are not in what it loaded: what was incomplete so far back stays so.
-    local complete_from = math.max(entry.complete_from, tonumber(ARGV[position + 1]))
-    entry = {complete_from = complete_from, loaded_at = ARGV[position + 2], load_ms = ARGV[position + 3]}
-  end
-  local time_to_live, n_rows = ARGV[position + 4], tonumber(ARGV[position + 5])
-  for index = position + 6, position + 5 + n_rows do add_line(rows, ARGV[index]) end
-  position = position + 6 + n_rows
-
-  local ordered = {}
+-- The lines of the newest rows; what is left out is told by the entry's `complete_from`.
+local function kept_lines(rows, entry)
+  local ordered, lines = {}, {}
   for _, row in pairs(rows) do
     if row.event >= entry.complete_from then ordered[#ordered + 1] = row end
   end
   table.sort(ordered, later)
-  local lines = {}
   for index, row in ipairs(ordered) do
     if index > kept then
       -- Not one above the row left out: that one is the answer up to the next.
@@ -75,6 +54,39 @@ for n = 2, #KEYS do
     end
     lines[index] = row.line .. '\n'
   end
+  return lines
+end
+
+local generation = redis.call('GET', KEYS[1])
+if not generation then
+  generation = ARGV[3]
+  redis.call('SET', KEYS[1], generation)
+end
+if ARGV[2] ~= '' and ARGV[2] ~= generation then return 0 end
+
+local position = 5
+for n = 2, #KEYS do
+  local key, name, loaded = KEYS[n], ARGV[position], ARGV[position + 1] ~= ''
+  local rows = {}
+  local entry = read(key, name, generation, rows)
+  local fresh = not entry
+  entry = entry or {complete_from = EVER, loaded_at = '0', load_ms = '0'}
+  local was_whole = entry.loaded_at ~= '0'
+  if loaded then
+    -- Rows that were left out since the load began are not in what it loaded: what was incomplete so far back stays so.
+    local complete_from = math.max(entry.complete_from, tonumber(ARGV[position + 1]))
+    entry = {complete_from = complete_from, loaded_at = ARGV[position + 2], load_ms = ARGV[position + 3]}
+  end
+  local time_to_live, n_rows = ARGV[position + 4], tonumber(ARGV[position + 5])
+  local lines = {}
+  if fresh and n_rows <= 1 then -- as most writes are: nobody has asked for the entity
+    if n_rows == 1 then lines[1] = ARGV[position + 6] .. '\n' end
+  else
+    for index = position + 6, position + 5 + n_rows do add_line(rows, ARGV[index]) end
+    lines = kept_lines(rows, entry)
+  end
+  position = position + 6 + n_rows
+
   local body = table.concat({name, generation, string.format('%.0f', entry.complete_from), entry.loaded_at, entry.load_ms}, '\t')
     .. '\n' .. table.concat(lines)
   local value = redis.sha1hex(body) .. '\n' .. body

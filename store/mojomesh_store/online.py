@@ -43,7 +43,6 @@ EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
 _NEVER = b"0"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 Entity = tuple[str, str]
 """Feature set and entity_id."""
@@ -51,7 +50,8 @@ Entity = tuple[str, str]
 
 def microseconds(time: datetime) -> int:
     """Since 1970, exactly."""
-    return (time - _EPOCH) // _MICROSECOND
+    since = time - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def moment(us: int) -> datetime:

@@ -96,12 +96,12 @@ def test_mage_lets_in_its_owner_only(mage_env: dict[str, str]) -> None:
     key = {"X-API-KEY": "zkWlN0PkIKSN0C11CfUHUj84OT5XOJ6tDZ6bDRO2"}  # the same in every Mage: its own pages carry it
 
     def session_for(email: str, password: str) -> dict[str, Any]:
-        answer = httpx.post(f"{url}/api/sessions", json={"session": {"email": email, "password": password}}, headers=key)
+        answer = httpx.post(f"{url}/api/sessions", json={"session": {"email": email, "password": password}}, headers=key, timeout=60)
         return dict(answer.json())
 
     assert session_for(email, password)["session"]["token"]
     assert "error" in session_for("admin@admin.com", "admin")
-    assert "error" in httpx.get(f"{url}/api/pipelines", headers=key).json()
+    assert "error" in httpx.get(f"{url}/api/pipelines", headers=key, timeout=60).json()
 
 
 def test_all_servers_listen_on_the_loopback_address_only(

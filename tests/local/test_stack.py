@@ -299,17 +299,26 @@ def test_the_signing_key_signs_what_the_public_key_verifies(state: StateFolder, 
     verifying.Config().use_elliptic_key_verifier(public_key=state.public_key).verify(bundle, tmp_path / "signature")
 
 
-def test_a_parent_that_is_killed_takes_its_grandchildren_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_parent_that_is_killed_takes_its_grandchildren_along(tmp_path: Path, guarded: bool) -> None:
     """As Mage's scheduler and the scorer's workers are: children of children, which the death signal does not reach."""
-    script = (
-        "import sys, time\nfrom pathlib import Path\nfrom mojomesh_local.processes import Command, start\n"
-        "start(Command('parent', ['sh', '-c', 'sleep 300 & sleep 301'], Path(sys.argv[1])))\ntime.sleep(300)\n"
-    )
+    starting = {
+        True: "from mojomesh_local.processes import Command, start; start(Command('parent', argv, Path(sys.argv[1])))",
+        False: "import subprocess; subprocess.Popen(argv, start_new_session=True)",
+    }[guarded]
+    script = f"import sys, time; from pathlib import Path; argv = ['sh', '-c', 'sleep 300 & sleep 301']; {starting}; time.sleep(300)"
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "log")])
-    while len(children := family(process)) < 4:  # the guard, the shell, and its two
+    while sum(child.name() == "sleep" for child in family(process)) < 2:
         time.sleep(0.02)
+    children = family(process)
 
     process.kill()
     process.wait()
 
-    assert until_gone(children) == []
+    if guarded:
+        assert until_gone(children) == []
+        return
+    survivors = [child for child in children if child.is_running()]
+    for survivor in survivors:
+        survivor.kill()
+    assert len(survivors) == 3, "without the guard the shell and its two go on"

@@ -38,6 +38,8 @@ class H2O:
             "ice_root": str(self.folder),
             "log_dir": str(self.folder / "logs"),
             "log_level": "WARN",
+            # H2O's own list also denies every path with a hidden folder in it, and a mesh keeps its snapshots under .mojomesh/.
+            "file_deny_glob": "{/bin/*,/etc/*,/var/*,/usr/*,/proc/*}",
         }
         arguments = [word for name, value in options.items() for word in (f"-{name}", value)]
         return Server(

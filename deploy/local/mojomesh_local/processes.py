@@ -110,6 +110,13 @@ def start(command: Command) -> Child:
     Call it from the main thread: the death signal follows the thread that forked.
     """
     command.log.parent.mkdir(parents=True, exist_ok=True)
+    pipe, die_with_parent = _guard.pipe(), dying_with(os.getpid())
+
+    def prepare() -> None:
+        # The child tells the guard itself, before it becomes anything: this process may be killed as soon as it has forked.
+        os.write(pipe, f"+{os.getpid()}\n".encode())
+        die_with_parent()
+
     with command.log.open("ab") as log:
         process = subprocess.Popen(
             command.argv,
@@ -119,7 +126,7 @@ def start(command: Command) -> Child:
             env={**os.environ, **command.env},
             cwd=command.folder,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=prepare,
         )
     _guard.remember(process.pid)
     return Child(command, process, started=psutil.Process(process.pid).create_time())
@@ -135,7 +142,7 @@ def run_to_end(argv: list[str], text: str = "", env: Mapping[str, str] | None = 
         text=True,
         check=False,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=dying_with(os.getpid()),
     )
 
 
@@ -175,9 +182,15 @@ def kill_leftover(pid: int, started: float) -> bool:
     return True
 
 
-def die_with_parent() -> None:
-    """Between fork and exec: have Linux kill this process when the thread that started it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def dying_with(parent: int) -> Callable[[], None]:
+    """What a child of `parent` does between fork and exec, to have Linux kill it when the thread that started it ends."""
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
+
+    return prepare
 
 
 def last_words(child: Child) -> str:
@@ -187,30 +200,37 @@ def last_words(child: Child) -> str:
 
 
 class _Guard:
-    """The end here of `guard.py`, started with the first child."""
+    """The end here of `guard.py`: the pipe through which it learns of process groups."""
 
     def __init__(self) -> None:
+        self._groups: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def remember(self, group: int) -> None:
-        if self._process is None:
+    def pipe(self) -> int:
+        """Where a new child writes down its group; the guard is started first, again if somebody killed it."""
+        if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-E", guard.__file__], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
             )
-            atexit.register(self._dismiss, self._process)
-        self._tell(f"+{group}\n")
+            atexit.register(self._process.communicate)
+            for group in self._groups:
+                _tell(self._process, f"+{group}")
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    def remember(self, group: int) -> None:
+        self._groups.add(group)
 
     def forget(self, group: int) -> None:
-        self._tell(f"-{group}\n")
+        self._groups.discard(group)
+        if self._process is not None:
+            _tell(self._process, f"-{group}")
 
-    def _tell(self, line: str) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        with suppress(BrokenPipeError):  # Somebody killed the guard: the death signals remain.
-            self._process.stdin.write(line.encode())
 
-    @staticmethod
-    def _dismiss(process: subprocess.Popen[bytes]) -> None:
-        process.communicate()
+def _tell(process: "subprocess.Popen[bytes]", line: str) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # Somebody killed the guard: the next child starts another.
+        process.stdin.write(f"{line}\n".encode())
 
 
 _guard = _Guard()

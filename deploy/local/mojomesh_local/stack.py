@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LocalError, NotRunning, StartFailed
-from .processes import LOG_TAIL_LINES, die_with_parent
+from .processes import LOG_TAIL_LINES, dying_with
 from .state import PartStatus, StateFolder, Status
 from .supervisor import already_running, up
 
@@ -159,7 +159,7 @@ def launch(
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
             start_new_session=True,
-            preexec_fn=None if outlive else die_with_parent,
+            preexec_fn=None if outlive else dying_with(os.getpid()),
         )
 
 

@@ -58,7 +58,8 @@ order by event_time, rank, entity_id
 # `weather_ok` is what ingest lets in: one report of the year has a wind of 1,048 miles an hour.
 _FLIGHTS_SCORED = """
 with weather_ok as (select * from weather where coalesce(wind_speed, 0) <= 250)
-select flight_id as entity_id, epoch_ms(scheduled) as event_ms, epoch_ms(arrived) as label_ms, (arr_delay > 15)::double as late,
+select flight_id as entity_id, epoch_ms(scheduled) as event_ms,
+       case when arr_delay is not null then epoch_ms(arrived) end as label_ms, (arr_delay > 15)::double as late,
        carrier, trips.origin as origin, dest, trips.hour as hour, distance, {weather},
        planes.year as "planes.year_built", seats as "planes.seats", engines as "planes.engines"
 from trips asof left join weather_ok on trips.origin = weather_ok.origin and scheduled >= weather_ok.time_hour

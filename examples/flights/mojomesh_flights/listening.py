@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from array import array
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,6 +10,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError, GroupLoadInProgressError
 
 from mojomesh_contracts.events import (
     DriftDetected,
@@ -22,6 +24,7 @@ from mojomesh_contracts.events import (
     PredictionsMade,
 )
 
+COORDINATOR_PATIENCE_S = 10.0
 SAMPLE_EVERY = 500  # predictions of which one is kept whole, with the rows it used
 
 
@@ -164,8 +167,20 @@ class Offsets:
         return ends
 
     async def _behind(self, group: str, ends: dict[TopicPartition, int]) -> int:
-        committed = await self._admin.list_consumer_group_offsets(group)
+        committed = await self._committed(group)
         return sum(max(0, end - max(0, committed[partition].offset if partition in committed else 0)) for partition, end in ends.items())
+
+    async def _committed(self, group: str) -> dict[TopicPartition, Any]:
+        deadline = time.monotonic() + COORDINATOR_PATIENCE_S
+        while True:
+            try:
+                committed: dict[TopicPartition, Any] = await self._admin.list_consumer_group_offsets(group)
+            except (GroupCoordinatorNotAvailableError, GroupLoadInProgressError):  # a broker that has just started
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
+            else:
+                return committed
 
 
 def _epoch_ms(text: str) -> int:

@@ -110,7 +110,7 @@ class Mesh:
     async def _failure(self, cause: UUID) -> str | None:
         runs = await self._get(f"{self._settings.trainer_url}/v1/runs?model={MODEL}")
         for run in runs["runs"]:
-            if run["cause"]["event_id"] == str(cause) and run["state"] == "failed":
+            if run["cause"]["event_id"] == str(cause) and run["state"] in ("failed", "skipped"):
                 return str(run["reason"])
         return None
 

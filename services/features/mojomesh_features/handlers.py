@@ -49,6 +49,6 @@ async def on_predictions_made(
                 continue
             await tables.count_predictions(db, champion, [block for block in blocks if champions.made(block)])
             if (bundle := baselines[model]) is not None:
-                definition = definitions.models.get(model, bundle.manifest.definition)
+                definition = definitions.models.get(model) or bundle.manifest.definition
                 await measure_windows(db, champion, bundle, definition.drift, cause=blocks[-1])
         return await tables.alerts_caused_by(db, events)

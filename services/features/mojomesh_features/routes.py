@@ -184,4 +184,10 @@ def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[
 
 
 def _json(answer: Any) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return Response(orjson.dumps(answer, default=_uuid), media_type="application/json")
+
+
+def _uuid(value: object) -> str:
+    if isinstance(value, UUID):  # asyncpg's is a subclass, which orjson does not know
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

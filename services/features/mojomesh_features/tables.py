@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import TypeAdapter
-from sqlalchemy import ARRAY, BigInteger, Column, DateTime, Double, Identity, Integer, MetaData, Table, Text, Uuid, select, text
+from sqlalchemy import ARRAY, BigInteger, Column, DateTime, Double, Identity, Integer, MetaData, RowMapping, Table, Text, Uuid, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -151,7 +151,7 @@ async def windows_of(db: AsyncSession, model: str, promotion: int) -> list[Drift
         """),
         {"model": model, "promotion": promotion},
     )
-    return [DriftWindow(**row | {"columns": _MEASURED.validate_json(row["columns"])}) for row in map(dict, found.mappings())]
+    return [DriftWindow(**row | {"columns": _MEASURED.validate_python(row["columns"])}) for row in map(dict, found.mappings())]
 
 
 async def save_window(db: AsyncSession, champion: ModelPromoted, window: DriftWindow) -> None:
@@ -206,20 +206,20 @@ async def alerts_caused_by(db: AsyncSession, blocks: Sequence[PredictionsMade]) 
         text("SELECT event FROM features.alerts WHERE caused_by = ANY(:blocks) ORDER BY middle"),
         {"blocks": [block.event_id for block in blocks]},
     )
-    return [DriftDetected.model_validate_json(event) for event in found]
+    return [DriftDetected.model_validate(event) for event in found]
 
 
 async def prediction_of(db: AsyncSession, prediction_id: UUID) -> dict[str, Any] | None:
     """The receipt of a prediction, by column name."""
     found = (await db.execute(select(predictions).where(predictions.c.prediction_id == prediction_id))).mappings().first()
-    return None if found is None else dict(found)
+    return None if found is None else _by_name(found)
 
 
 async def predictions_after(db: AsyncSession, model: str, after: int, limit: int) -> list[dict[str, Any]]:
     """Receipts of a model with a seq above `after`, in its order, each with its `seq`. Going on from the last one misses none."""
     log = predictions.c
     found = await db.execute(select(predictions).where(log.model == model, log.seq > after).order_by(log.seq).limit(limit))
-    return [dict(row) for row in found.mappings()]
+    return [_by_name(row) for row in found.mappings()]
 
 
 async def drift_of(db: AsyncSession, model: str, limit: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -235,4 +235,8 @@ async def drift_of(db: AsyncSession, model: str, limit: int) -> tuple[list[dict[
     alerts = await db.scalars(
         text("SELECT event FROM features.alerts WHERE model = :model ORDER BY middle").columns(event=JSONB), {"model": model}
     )
-    return [dict(window) for window in windows.mappings()][::-1], list(alerts)
+    return [_by_name(window) for window in windows.mappings()][::-1], list(alerts)
+
+
+def _by_name(row: RowMapping) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items()}  # SQLAlchemy's names are a str of their own, which orjson refuses

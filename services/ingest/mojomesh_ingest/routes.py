@@ -11,8 +11,8 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError, faults_of
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_contracts.events import EventReceived
-from mojomesh_ingest.errors import EventsRefused, Refusal, RequestTooLarge
 from mojomesh_contracts.validation import problem_of
+from mojomesh_ingest.errors import EventsRefused, Refusal, RequestTooLarge
 
 MAX_EVENTS = 5_000
 MAX_BODY_BYTES = 16 * 2**20

@@ -53,7 +53,7 @@ def build(settings: TrainerSettings) -> FastAPI:
 def _runner(settings: TrainerSettings, objects: Objects) -> FoldRunner:
     if settings.fold_runner == "local":
         return LocalRunner(objects)
-    return MageRunner(settings.mage, settings.mage_email, settings.mage_password)
+    return MageRunner(settings.mage, settings.mage_email, settings.mage_password, objects)
 
 
 async def _alive(work: "asyncio.Task[None]") -> None:

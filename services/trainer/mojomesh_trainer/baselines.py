@@ -8,7 +8,7 @@ from mojomesh_contracts.bundles import Baseline, Bins, BundleSchema, Column
 from mojomesh_contracts.drift import kl, psi
 from mojomesh_trainer.metrics import Floats
 
-DECILES = np.arange(0.1, 1.0, 0.1)
+DECILES = np.arange(1, 10) / 10
 STRAY = 0.99
 
 

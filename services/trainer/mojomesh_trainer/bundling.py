@@ -33,7 +33,7 @@ from mojomesh_trainer.cluster import H2OFailed, H2OUnreachable, open_cluster
 from mojomesh_trainer.errors import RunFailed, RunInterrupted
 from mojomesh_trainer.folds import MILLISECOND, from_ms, scored_from, to_ms, training_start
 from mojomesh_trainer.metrics import Floats, measure
-from mojomesh_trainer.runners import FoldRunner
+from mojomesh_trainer.runners import FoldRunner, in_thread
 from mojomesh_trainer.snapshots import Snapshot
 from mojomesh_trainer.training import FoldPredictions, TrainingTask, loaded, params_of, seed_of
 
@@ -92,7 +92,8 @@ async def make_bundle(
             raise RunFailed(f"the MOJO's scores differ from the cluster's by {parity:g} on the last fold's rows; {PARITY:g} is allowed")
         results, comparison = await _compared(task, snapshot, folds, champion, jar)
         scores = np.concatenate([watched(predictions.scores) for predictions in folds.predictions])
-        baseline = await asyncio.to_thread(make_baseline, schema, snapshot.encode(schema), scores, task.model.drift.window)
+        trained_on = snapshot.known_since(final.train_from).encode(schema)
+        baseline = await asyncio.to_thread(make_baseline, schema, trained_on, scores, task.model.drift.window)
         pooled = _pooled(folds.predictions)
         label = task.model.label.type
         manifest = Manifest(
@@ -121,7 +122,12 @@ async def make_bundle(
             created_at=datetime.now(UTC),
             example=snapshot.example(schema),
         )
-        files = {SCHEMA_FILE: schema, BASELINE_FILE: baseline, GOLDEN_FILE: _golden(tested, final.scores), MANIFEST_FILE: manifest}
+        files = {
+            SCHEMA_FILE: schema,
+            BASELINE_FILE: baseline,
+            GOLDEN_FILE: make_golden(schema, tested, final.scores),
+            MANIFEST_FILE: manifest,
+        }
         for name, content in files.items():
             (folder / name).write_text(content.model_dump_json(indent=1))
         sign_bundle(folder, tools.private_key)
@@ -145,15 +151,12 @@ def watched(scores: Floats) -> Floats:
 
 
 async def _train(task: TrainingTask, snapshot: Snapshot, mojo: Path, jar: Path) -> FinalModel:
-    unwanted = False
     try:
-        scores, train_from, train_to, pins = await asyncio.to_thread(_train_in_cluster, task, snapshot, mojo, jar, lambda: unwanted)
+        scores, train_from, train_to, pins = await in_thread(lambda unwanted: _train_in_cluster(task, snapshot, mojo, jar, unwanted))
     except H2OUnreachable as error:
         raise RunInterrupted(str(error)) from error
     except H2OFailed as error:
         raise RunFailed(f"the final model failed: {error}") from error
-    finally:
-        unwanted = True  # a thread cannot be cancelled, but it can be told
     return FinalModel(await genmodel.read_mojo(jar, mojo), scores, train_from, train_to, pins)
 
 
@@ -220,14 +223,22 @@ async def _compared(
     return results, comparison
 
 
-def _golden(encoded: Floats, scores: Floats) -> Golden:
-    """Rows that cover the model's range: evenly spaced by score, and those with the most missing values."""
+def make_golden(schema: BundleSchema, encoded: Floats, scores: Floats) -> Golden:
+    """Rows that cover the model's range: evenly spaced by score, those with the most missing values, and the rarest level of a category."""
+    share = GOLDEN_ROWS // 3
     by_score = np.argsort(watched(scores), kind="stable")
-    spread = by_score[np.linspace(0, len(by_score) - 1, GOLDEN_ROWS * 2 // 3).astype(np.int64)]
-    gaps = np.argsort(-np.isnan(encoded).sum(axis=1), kind="stable")[: GOLDEN_ROWS // 3]
-    chosen = np.unique(np.concatenate([spread, gaps]))
+    spread = by_score[np.linspace(0, len(by_score) - 1, share).astype(np.int64)]
+    gaps = np.argsort(-np.isnan(encoded).sum(axis=1), kind="stable")[:share]
+    categories = [place for place, column in enumerate(schema.columns) if column.levels is not None]
+    rare = [_first_of_rarest(encoded[:, place]) for place in categories[:share]]
     rows = [
         GoldenRow(inputs=[None if np.isnan(value) else float(value) for value in encoded[row]], scores=scores[row].tolist())
-        for row in chosen
+        for row in np.unique(np.concatenate([spread, gaps, np.array(rare, dtype=np.int64)]))
     ]
     return Golden(tolerance=PARITY, rows=rows)
+
+
+def _first_of_rarest(values: Floats) -> int:
+    """Where the value that comes least often comes first."""
+    _, firsts, counts = np.unique(values, return_index=True, return_counts=True)
+    return int(firsts[counts.argmin()])

@@ -21,6 +21,7 @@ from urllib.parse import quote, urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
 POLL_S = 0.1
+LIST_TRIES = 10
 REQUEST_TIMEOUT_S = 60.0
 ColumnType = Literal["Numeric", "Enum", "String"]
 
@@ -56,6 +57,7 @@ class Cluster:
         self._deadline = deadline
         self._stopped = stopped
         self._opener = build_opener(ProxyHandler({}))
+        self._keys: list[str] = []
         self.session = ""
 
     def ask(self, endpoint: str, data: dict[str, Any] | None = None, *, body: dict[str, Any] | None = None) -> Any:
@@ -88,16 +90,19 @@ class Cluster:
             raise H2OUnreachable(f"H2O at {self._url} does not answer: {error}") from error
 
     def import_parquet(self, path: str, key: str, types: dict[str, ColumnType]) -> None:
-        """Have the cluster read a Parquet file into the frame `key`, with these column types."""
+        """Have the cluster read a Parquet file into the frame `key`, with these column types.
+
+        Nobody else may read the same file meanwhile: H2O names a source by its path, and two readers pull it away from each other.
+        """
         sources = self.ask("GET /3/ImportFiles", {"path": path})
-        if sources["fails"] or not sources["destination_frames"]:
-            raise H2OFailed(f"H2O cannot read {path}")
         names = [f'"{name}"' for name in sources["destination_frames"]]
-        setup = self.ask("POST /3/ParseSetup", {"source_frames": names})
+        setup = self.ask("POST /3/ParseSetup", {"source_frames": names}) if names and not sources["fails"] else {}
+        if not setup.get("column_names"):
+            raise H2OFailed(f"H2O cannot read {path}")
         column_types = [types.get(name, given) for name, given in zip(setup["column_names"], setup["column_types"], strict=True)]
         request = {
             "source_frames": names,
-            "destination_frame": key,
+            "destination_frame": self._made(key),
             "parse_type": setup["parse_type"],
             "separator": setup["separator"],
             "check_header": setup["check_header"],
@@ -106,14 +111,21 @@ class Cluster:
             "single_quotes": setup["single_quotes"],
             "column_names": [f'"{name}"' for name in setup["column_names"]],
             "column_types": [f'"{name}"' for name in column_types],
-            # The source's key is made from its path, so another fold may be reading it at this moment.
-            "delete_on_done": False,
+            "delete_on_done": True,
         }
         self.wait(self.ask("POST /3/Parse", request)["job"]["key"]["name"])
 
+    def is_there(self, frame: str) -> bool:
+        """Whether the cluster has that frame."""
+        try:
+            self.ask(f"GET /3/Frames/{quote(frame)}/light")
+        except H2OFailed:
+            return False
+        return True
+
     def assign(self, key: str, expression: str) -> None:
         """Keep what a Rapids expression gives as the frame `key`."""
-        self.ask("POST /99/Rapids", {"ast": f"(assign {key} {expression})", "session_id": self.session})
+        self.ask("POST /99/Rapids", {"ast": f"(assign {self._made(key)} {expression})", "session_id": self.session})
 
     def n_rows(self, frame: str) -> int:
         return int(self.ask(f"GET /3/Frames/{quote(frame)}/light")["frames"][0]["rows"])
@@ -131,6 +143,7 @@ class Cluster:
             "ignored_columns": [f'"{name}"' for name in ignored],
             "model_id": key,
         }
+        self._made(key)
         started = self.ask(f"POST /3/ModelBuilders/{algorithm}", request)
         job = started["job"]["key"]["name"]
         self.wait(job)
@@ -152,12 +165,16 @@ class Cluster:
             "build_control": {"project_name": key, "stopping_criteria": {"max_runtime_secs": 0, **criteria}, **control},
             "build_models": params,
         }
-        job = self.ask("POST /99/AutoMLBuilder", body=body)["job"]["key"]["name"]
-        self.wait(job)
-        models = self.ask(f"GET /99/Leaderboards/{quote(key)}")["models"]
-        if not models:
+        job = self.ask("POST /99/AutoMLBuilder", body=body)["job"]
+        self.wait(job["key"]["name"])
+        state = self.ask(f"GET /99/AutoML/{quote(job['dest']['name'], safe='')}")
+        leaders = [model["name"] for model in state["leaderboard"]["models"]]
+        if not leaders:
             raise H2OFailed("AutoML trained no model")
-        return self._trained(models[0]["name"], job)
+        # It names what it makes itself, with a mark of its own in each name.
+        mark = leaders[0][leaders[0].index("AutoML_") :]
+        self._keys += [job["dest"]["name"], *(name for name in self._names() if mark in name)]
+        return self._trained(leaders[0], job["key"]["name"])
 
     def _trained(self, key: str, job: str) -> Trained:
         output = self.ask(f"GET /3/Models/{quote(key)}")["models"][0]
@@ -167,7 +184,7 @@ class Cluster:
 
     def predict(self, model: str, frame: str, key: str) -> None:
         """Score `frame` into the frame `key`."""
-        request = {"predictions_frame": key}
+        request = {"predictions_frame": self._made(key)}
         started = self.ask(f"POST /4/Predictions/models/{quote(model)}/frames/{quote(frame)}", request)
         self.wait(started["key"]["name"])
 
@@ -175,8 +192,7 @@ class Cluster:
         """The cells of a small frame as text, by column."""
         text = self._read("GET /3/DownloadDataset", {"frame_id": frame}).decode()
         header, *rows = csv.reader(io.StringIO(text))
-        columns = zip(*rows, strict=True) if rows else ([] for _ in header)
-        return {name: list(cells) for name, cells in zip(header, columns, strict=True)}
+        return {name: [row[place] for row in rows] for place, name in enumerate(header)}
 
     def download_mojo(self, model: str, target: Path) -> None:
         self._save(f"GET /3/Models/{quote(model)}/mojo", target)
@@ -209,13 +225,42 @@ class Cluster:
                 raise H2OUnreachable(f"H2O's job {job} did not end in time")
             time.sleep(POLL_S)
 
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """Remove every frame and model that was made within, at the end."""
+        kept = len(self._keys)
+        try:
+            yield
+        finally:
+            while len(self._keys) > kept:
+                self._remove(self._keys.pop())
+
     def remove_all(self, prefix: str) -> None:
-        """Remove every frame and model whose key starts with `prefix`."""
-        frames = [frame["frame_id"]["name"] for frame in self.ask("GET /3/Frames")["frames"]]
-        models = [model["model_id"]["name"] for model in self.ask("GET /3/Models")["models"]]
-        for key in frames + models:
-            if key.startswith(prefix):
-                self.ask(f"DELETE /3/DKV/{quote(key)}")
+        """Remove every frame and model whose key starts with `prefix`, whoever made them."""
+        for name in self._names():
+            if name.startswith(prefix):
+                self._remove(name)
+
+    def _names(self) -> list[str]:
+        """The names of all frames and models in the cluster."""
+        frames, models = self._listed("GET /3/Frames")["frames"], self._listed("GET /3/Models")["models"]
+        return [frame["frame_id"]["name"] for frame in frames] + [model["model_id"]["name"] for model in models]
+
+    def _remove(self, name: str) -> None:
+        self.ask(f"DELETE /3/DKV/{quote(name, safe='')}")
+
+    def _listed(self, endpoint: str) -> Any:
+        """A list of all there is; it fails when anything, of any run, is removed while H2O makes it."""
+        for _ in range(LIST_TRIES - 1):
+            try:
+                return self.ask(endpoint)
+            except H2OFailed:
+                time.sleep(POLL_S)
+        return self.ask(endpoint)
+
+    def _made(self, key: str) -> str:
+        self._keys.append(key)
+        return key
 
 
 @contextmanager

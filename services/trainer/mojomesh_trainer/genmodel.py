@@ -15,6 +15,8 @@ import numpy as np
 from mojomesh_trainer.errors import RunFailed
 from mojomesh_trainer.metrics import Floats
 
+TIMEOUT_S = 300.0
+
 
 @dataclass(frozen=True)
 class Mojo:
@@ -55,10 +57,13 @@ async def _run(jar: Path, mojo: Path, *files: Path) -> bytes:
         sys.executable, "-m", __name__, jar, mojo, *files, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     try:
-        out, err = await child.communicate()
-    except asyncio.CancelledError:
-        child.kill()
-        raise
+        async with asyncio.timeout(TIMEOUT_S):
+            out, err = await child.communicate()
+    except TimeoutError as error:
+        raise RunFailed(f"h2o-genmodel did not answer within {TIMEOUT_S:g} s") from error
+    finally:
+        if child.returncode is None:
+            child.kill()
     if child.returncode:
         raise RunFailed(f"h2o-genmodel cannot score the MOJO: {err.decode(errors='replace')[-2_000:]}")
     return out

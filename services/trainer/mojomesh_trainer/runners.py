@@ -2,19 +2,22 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import httpx
 
+from mojomesh_chassis.errors import NotFound
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.telemetry import log
 from mojomesh_trainer.cluster import H2OFailed, H2OUnreachable
 from mojomesh_trainer.errors import RunFailed, RunInterrupted
-from mojomesh_trainer.training import TrainingTask, predictions_key, result_key, train_fold
+from mojomesh_trainer.training import FoldFailure, TrainingTask, failure_key, predictions_key, result_key, train_fold
 
 FOLD_TRIES = 3
 POLL_S = 0.25
+ENDED_BADLY = ("failed", "cancelled")
+T = TypeVar("T")
 Json = dict[str, Any]
 KeepPipelineRun = Callable[[str], Awaitable[None]]
 
@@ -53,7 +56,7 @@ class LocalRunner:
     async def _train_fold(self, task: TrainingTask, fold: int) -> None:
         for tries in range(1, FOLD_TRIES + 1):
             try:
-                result, predictions = await asyncio.to_thread(train_fold, task, fold)
+                result, predictions = await in_thread(lambda unwanted: train_fold(task, fold, unwanted))
                 break
             except H2OUnreachable as error:
                 raise RunInterrupted(str(error)) from error
@@ -66,13 +69,23 @@ class LocalRunner:
         await self._objects.put(result_key(task.results, fold), result.model_dump_json().encode())
 
 
+async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
+    """Do blocking work in a thread. It cannot be cancelled, but it is told: what `work` gets says whether it is unwanted by now."""
+    unwanted = False
+    try:
+        return await asyncio.to_thread(work, lambda: unwanted)
+    finally:
+        unwanted = True
+
+
 class MageRunner:
     """Mage's pipeline `walk_forward`, started by its API trigger: a dynamic block with one child a fold."""
 
     name: Literal["mage", "local"] = "mage"
 
-    def __init__(self, url: str, email: str, password: str) -> None:
+    def __init__(self, url: str, email: str, password: str, objects: Objects) -> None:
         self._url = url
+        self._objects = objects
         self._account = {"email": email, "password": password}
 
     async def train(self, task: TrainingTask, pipeline_run: str | None, keep: KeepPipelineRun) -> dict[int, str]:
@@ -80,16 +93,13 @@ class MageRunner:
         try:
             async with httpx.AsyncClient(base_url=self._url, timeout=30, trust_env=False) as http:
                 await self._sign_in(http)
-                if pipeline_run is None or (await self._state(http, pipeline_run)) in ("failed", "cancelled"):
-                    pipeline_run = await self._trigger(http, task)
+                if pipeline_run is None or (await self._state(http, pipeline_run)) in ENDED_BADLY:
+                    pipeline_run = await self._begun(http, task) or await self._trigger(http, task)
                     await keep(pipeline_run)
-                while (state := await self._state(http, pipeline_run)) not in ("completed", "failed", "cancelled"):
-                    if state == "running":
-                        fault("trainer.fold_training")
-                    await asyncio.sleep(POLL_S)
+                state = await self._ended(http, pipeline_run, task)
                 blocks = await self._blocks(http, pipeline_run)
-                if state != "completed":
-                    raise RunFailed(f"Mage's pipeline run {pipeline_run} {state}: {await self._why(http, blocks)}")
+                if state in ENDED_BADLY:
+                    await self._raise_why(task, pipeline_run, blocks)
                 return {
                     int(name.rpartition("_")[2]): str(block["id"])
                     for block in blocks
@@ -97,6 +107,34 @@ class MageRunner:
                 }
         except httpx.HTTPError as error:
             raise RunInterrupted(f"Mage at {self._url} does not answer: {error!r}") from error
+
+    async def _ended(self, http: httpx.AsyncClient, pipeline_run: str, task: TrainingTask) -> str:
+        """How the pipeline run ended; one that does not in good time is cancelled."""
+        in_time = task.timeout_s * (len(task.plans) + 1)
+        try:
+            async with asyncio.timeout(in_time):
+                while (state := await self._state(http, pipeline_run)) not in ("completed", *ENDED_BADLY):
+                    if state == "running":
+                        fault("trainer.fold_training")
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            await self._asked(http.put(f"/api/pipeline_runs/{pipeline_run}", json={"pipeline_run": {"status": "cancelled"}}))
+            raise RunInterrupted(f"Mage's pipeline run {pipeline_run} did not end within {in_time:g} s; it is cancelled") from error
+        return state
+
+    async def _begun(self, http: httpx.AsyncClient, task: TrainingTask) -> str | None:
+        """The pipeline run that a trainer began for this run and died before it could keep it."""
+        found = (await self._asked(http.get("/api/pipeline_runs", params={"pipeline_uuid": "walk_forward", "_limit": "50"})))[
+            "pipeline_runs"
+        ]
+        return next(
+            (
+                str(begun["id"])
+                for begun in found
+                if (begun["variables"] or {}).get("run_id") == str(task.run_id) and begun["status"] not in ENDED_BADLY
+            ),
+            None,
+        )
 
     async def _sign_in(self, http: httpx.AsyncClient) -> None:
         http.headers["X-API-KEY"] = API_KEY
@@ -111,7 +149,7 @@ class MageRunner:
         begun = await self._asked(
             http.post(
                 f"/api/pipeline_schedules/{trigger['id']}/pipeline_runs/{trigger['token']}",
-                json={"pipeline_run": {"variables": {"task": task.model_dump_json()}}},
+                json={"pipeline_run": {"variables": {"run_id": str(task.run_id), "task": task.model_dump_json()}}},
             )
         )
         return str(begun["pipeline_run"]["id"])
@@ -125,12 +163,16 @@ class MageRunner:
         ]
         return found
 
-    async def _why(self, http: httpx.AsyncClient, blocks: list[Json]) -> str:
-        failed = next((block for block in blocks if block["status"] == "failed"), None)
-        if failed is None:
-            return "no block failed; Mage's log may say more"
-        error = (failed.get("metrics") or {}).get("error") or {}
-        return f"{failed['block_uuid']}: {error.get('error') or error.get('message') or error or 'see its log in Mage'}"
+    async def _raise_why(self, task: TrainingTask, pipeline_run: str, blocks: list[Json]) -> NoReturn:
+        failed = next((block["block_uuid"] for block in blocks if block["status"] == "failed"), None)
+        said = f"Mage's pipeline run {pipeline_run} failed in {failed}" if failed else f"Mage's pipeline run {pipeline_run} was cancelled"
+        try:
+            failure = FoldFailure.model_validate_json(await self._objects.get(failure_key(task.results, failed or "")))
+        except NotFound:
+            raise RunFailed(f"{said}; Mage's log has the reason") from None
+        if failure.h2o_away:
+            raise RunInterrupted(f"{said}: {failure.reason}")
+        raise RunFailed(f"{said}: {failure.reason}")
 
     async def _asked(self, call: Awaitable[httpx.Response]) -> Json:
         response = await call

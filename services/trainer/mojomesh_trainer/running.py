@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4, uuid5
@@ -23,13 +24,14 @@ from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import Event, FoldTrained, ModelReady
 from mojomesh_trainer import tables
 from mojomesh_trainer.bundling import Champion, Folds, Tools, make_bundle
+from mojomesh_trainer.cluster import H2OFailed, H2OUnreachable
 from mojomesh_trainer.errors import RunFailed, RunInterrupted
 from mojomesh_trainer.folds import TooLittleHistory, from_ms, plan_folds
 from mojomesh_trainer.runners import FoldRunner
 from mojomesh_trainer.settings import TrainerSettings
 from mojomesh_trainer.snapshots import Snapshot
-from mojomesh_trainer.tables import LeaseLost, Run
-from mojomesh_trainer.training import FoldPredictions, TrainingTask, predictions_key, result_key
+from mojomesh_trainer.tables import LeaseLost, Run, State
+from mojomesh_trainer.training import FoldPredictions, TrainingTask, predictions_key, result_key, unload_snapshot
 
 POLL_S = 1.0
 SNAPSHOT_TIMEOUT_S = 300.0
@@ -70,21 +72,22 @@ class Trainer:
 
     async def work(self) -> None:
         """Take runs, until cancelled."""
-        me = f"{self.settings.replica}/{uuid4().hex[:8]}"
+        process = uuid4().hex[:8]
         while True:
             try:
                 async with self.database.begin() as db:
-                    run = await tables.lease_run(db, me, self.settings.lease_s)
-                if run is None:
-                    await self.bell.heard()
-                else:
-                    await self._drive(run)
-            except OSError as error:  # the database is away: its driver raises what the socket did
-                log.warning("no_runs_taken", reason=repr(error))
+                    run = await tables.lease_run(db, self.settings.replica, process, self.settings.lease_s)
+            except TransientError as error:  # the database is away
+                log.warning("no_runs_taken", reason=str(error))
                 await asyncio.sleep(POLL_S)
+                continue
+            if run is None:
+                await self.bell.heard()
+            else:
+                await self._drive(run)
 
     async def _drive(self, run: Run) -> None:
-        """Carry a run to its end, while its lease is renewed; drop it when somebody else has it."""
+        """Carry a run to its end, while its lease is renewed; drop it when somebody else has it, or nobody can tell."""
         log.info("run_taken", run_id=str(run.run_id), model=run.model, tries=run.tries, state=run.state)
         try:
             async with asyncio.TaskGroup() as group:
@@ -93,25 +96,28 @@ class Trainer:
                 renewing.cancel()
         except* LeaseLost:
             log.warning("run_lost", run_id=str(run.run_id))
+        except* TransientError as errors:
+            log.warning("run_left_to_its_lease", run_id=str(run.run_id), reason=str(errors.exceptions[0]))
 
     async def _renew(self, run: Run) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_s / 3)
-            await self._save(run)
+            try:
+                async with asyncio.timeout(self.settings.lease_s / 3):
+                    await self._save(run)
+            except TimeoutError as error:
+                raise RunInterrupted("the lease could not be renewed in time") from error
 
     async def _end(self, run: Run) -> None:
         with tracer.start_as_current_span(f"train {run.model}"):
             try:
-                if run.tries > self.settings.tries:
-                    raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                 if run.state != "announcing":
+                    if run.tries > self.settings.tries:
+                        raise RunFailed(f"begun {self.settings.tries} times without an end; trainer's log may say why")
                     await self._train(run)
                 await self._announce(run)
             except TransientError as error:
-                again = run.tries < self.settings.tries
-                log.warning("run_interrupted", run_id=str(run.run_id), reason=str(error), again=again)
-                await asyncio.sleep(error.retry_after_s)
-                await self._give_up(run, "waiting" if again else "failed", str(error))
+                await self._pause(run, error)
             except PermanentError as error:
                 await self._give_up(run, "failed", str(error))
             except (MeshError, LeaseLost):
@@ -134,14 +140,25 @@ class Trainer:
             run.pipeline_run = pipeline_run
             await self._save(run, pipeline_run=pipeline_run)
 
-        block_runs = await self.runner.train(task, run.pipeline_run, keep)
-        folds = await self._folds(task, run, block_runs)
-        await self._save(run, stage="final model")
-        tools = Tools(self.objects, self.settings.signing_key, self.settings.public_key)
-        digest = await make_bundle(task, cause, taken, snapshot, folds, champion, tools)
+        try:
+            block_runs = await self.runner.train(task, run.pipeline_run, keep)
+            folds = await self._folds(task, run, block_runs)
+            await self._save(run, stage="final model")
+            tools = Tools(self.objects, self.settings.signing_key, self.settings.public_key)
+            digest = await make_bundle(task, cause, taken, snapshot, folds, champion, tools)
+        except PermanentError:
+            await self._unload(task)
+            raise
+        await self._unload(task)
         fault("trainer.bundle_published")
         run.announced = [event.model_dump(mode="json") for event in _announcements(run, folds.results, digest)]
         await self._save(run, state="announcing", stage=None, bundle_digest=digest, announced=run.announced)
+
+    async def _unload(self, task: TrainingTask) -> None:
+        try:
+            await asyncio.to_thread(unload_snapshot, task)
+        except (H2OUnreachable, H2OFailed) as error:  # no reason to fail a run
+            log.warning("snapshot_left_in_h2o", run_id=str(task.run_id), reason=str(error))
 
     async def _announce(self, run: Run) -> None:
         fault("trainer.before_announcement")
@@ -212,7 +229,16 @@ class Trainer:
         async with self.database.begin() as db:
             await tables.save_run(db, run, self.settings.lease_s, **values)
 
-    async def _give_up(self, run: Run, state: tables.State, reason: str) -> None:
+    async def _pause(self, run: Run, error: TransientError) -> None:
+        """Put the run back until what it needs may be there again; give up when that takes too long."""
+        if datetime.now(UTC) - run.created_at > timedelta(seconds=self.settings.patience_s):
+            await self._give_up(run, "failed", f"{error} (tried for {self.settings.patience_s:g} s)")
+            return
+        log.warning("run_interrupted", run_id=str(run.run_id), reason=str(error))
+        async with self.database.begin() as db:
+            await tables.pause_run(db, run, max(error.retry_after_s, self.settings.pause_s), str(error))
+
+    async def _give_up(self, run: Run, state: State, reason: str) -> None:
         log.warning("run_ended", run_id=str(run.run_id), model=run.model, state=state, reason=reason)
         async with self.database.begin() as db:
             await tables.end_run(db, run, state, reason)

@@ -19,4 +19,6 @@ class TrainerSettings(MeshSettings):
     fold_runner: Literal["mage", "local"] = "mage"
     lease_s: float = Field(default=15.0, gt=0, description="How long a run stays with a trainer that no longer renews its lease")
     timeout_s: float = Field(default=900.0, gt=0, description="For one fold, and for the final model")
-    tries: int = Field(default=3, ge=1, description="How often a run is begun before it has failed")
+    tries: int = Field(default=5, ge=1, description="How often a run is begun, when its trainer dies of it, before it has failed")
+    pause_s: float = Field(default=3.0, gt=0, description="How long a run waits when something it needs is away")
+    patience_s: float = Field(default=1800.0, gt=0, description="How long a run is tried, from its request, while something is away")

@@ -1,7 +1,7 @@
 """A snapshot's rows as trainer needs them beside H2O: times to cut folds by, and encoded rows to check the MOJO with."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import duckdb
 import numpy as np
@@ -49,6 +49,10 @@ class Snapshot:
         if (start := scored_from(plan, model.walk_forward)) is not None:
             wanted &= self.event_ms >= to_ms(start)
         return Snapshot(self.table.filter(pa.array(wanted)))
+
+    def known_since(self, time: datetime) -> "Snapshot":
+        """The rows whose label became known at `time` or later."""
+        return Snapshot(self.table.filter(pa.array(self.label_ms >= to_ms(time))))
 
     def encode(self, schema: BundleSchema) -> Floats:
         """The rows as a MOJO takes them, shape (n_rows, n_columns): a level's index, NaN for missing and for levels it does not know."""

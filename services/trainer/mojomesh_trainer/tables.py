@@ -76,9 +76,13 @@ async def open_run(db: AsyncSession, run_id: UUID, model: str, cause: Cause, sna
     return await db.get_one(Run, run_id)
 
 
-async def lease_run(db: AsyncSession, leased_by: str, lease_s: float) -> Run | None:
-    """Take the oldest run that nobody works on; None when there is none. What it was known at is fixed when it is first taken."""
-    free = or_(Run.leased_until.is_(None), Run.leased_until < func.clock_timestamp())
+async def lease_run(db: AsyncSession, replica: str, process: str, lease_s: float) -> Run | None:
+    """Take the oldest run that nobody works on; None when there is none. What it was known at is fixed when it is first taken.
+
+    A replica has one process, so a run that an earlier process of it left behind is free at once.
+    """
+    ours = Run.leased_by.startswith(f"{replica}/", autoescape=True)
+    free = or_(Run.leased_until.is_(None), Run.leased_until < func.clock_timestamp(), ours)
     found = await db.scalar(
         select(Run)
         .where(Run.state.in_(["waiting", "running", "announcing"]), free)
@@ -96,7 +100,7 @@ async def lease_run(db: AsyncSession, leased_by: str, lease_s: float) -> Run | N
             tries=Run.tries + 1,
             snapshot_time=func.coalesce(Run.snapshot_time, func.clock_timestamp()),
             started_at=func.coalesce(Run.started_at, func.clock_timestamp()),
-            leased_by=leased_by,
+            leased_by=f"{replica}/{process}",
             leased_until=_from_now(lease_s),
         )
     )
@@ -116,14 +120,23 @@ async def save_run(db: AsyncSession, run: Run, lease_s: float, **values: Any) ->
         raise LeaseLost(str(run.run_id))
 
 
-async def end_run(db: AsyncSession, run: Run, state: State, reason: str | None = None) -> None:
-    """Give the run up for good (`succeeded`, `failed`), or back (`waiting`).
+async def pause_run(db: AsyncSession, run: Run, wait_s: float, reason: str) -> None:
+    """Put the run back for `wait_s`; that it was begun does not count, since it was not the run's fault.
 
     Raises:
         LeaseLost: It is somebody else's now.
     """
-    ended = None if state == "waiting" else func.clock_timestamp()
-    await save_run(db, run, 0, state=state, reason=reason, stage=None, ended_at=ended)
+    state = "announcing" if run.announced else "waiting"
+    await save_run(db, run, wait_s, leased_by=None, state=state, reason=reason, stage=None, tries=Run.tries - 1)
+
+
+async def end_run(db: AsyncSession, run: Run, state: State, reason: str | None = None) -> None:
+    """Give the run up for good.
+
+    Raises:
+        LeaseLost: It is somebody else's now.
+    """
+    await save_run(db, run, 0, state=state, reason=reason, stage=None, ended_at=func.clock_timestamp())
 
 
 async def runs(db: AsyncSession, model: str | None, limit: int) -> Sequence[Run]:

@@ -37,6 +37,14 @@ class TrainingTask(Frozen):
     """For one fold."""
 
 
+class FoldFailure(Frozen):
+    """Why a fold, or what goes before the folds, failed."""
+
+    reason: str
+    h2o_away: bool
+    """It may succeed when H2O is back."""
+
+
 @dataclass(frozen=True)
 class FoldPredictions:
     """What a fold's model said of its test rows, in the snapshot's order."""
@@ -68,6 +76,11 @@ def result_key(results: str, fold: int) -> str:
 def predictions_key(results: str, fold: int) -> str:
     """Where a fold's FoldPredictions lie."""
     return f"{results}/fold-{fold}.npz"
+
+
+def failure_key(results: str, block: str) -> str:
+    """Where a block of Mage that failed leaves its FoldFailure."""
+    return f"{results}/{block.replace(':', '-')}.failed.json"
 
 
 def key_prefix(run_id: UUID) -> str:
@@ -117,21 +130,11 @@ def train_fold(task: TrainingTask, fold: int, stopped: Callable[[], bool] = lamb
 class LoadedSnapshot:
     """The snapshot as a frame of the cluster, with the frames and models made of it."""
 
-    def __init__(self, cluster: Cluster, task: TrainingTask, prefix: str) -> None:
+    def __init__(self, cluster: Cluster, task: TrainingTask, frame: str, prefix: str) -> None:
         self._cluster = cluster
         self._task = task
         self._prefix = prefix
-        self.frame = f"{prefix}all"
-
-    def load(self) -> None:
-        """Import the snapshot; a class is made a category here, since the parser keeps whole numbers numbers."""
-        read = f"{self._prefix}read"
-        self._cluster.import_parquet(self._task.snapshot_url, read, column_types(self._task))
-        names = " ".join(f'"{name}"' for name in ["event_time", "label_time", *(column.name for column in self._task.columns)])
-        label = f'(cols {read} "label")'
-        if self._task.model.label.type != "number":
-            label = f"(as.factor {label})"
-        self._cluster.assign(self.frame, f'(append (cols {read} [{names}]) {label} "label")')
+        self.frame = frame
 
     def rows(self, name: str, label_from: datetime, label_to: datetime, scored_from: datetime | None = None) -> str:
         """The frame of those rows whose label became known in [label_from, label_to), scored not before `scored_from`."""
@@ -174,17 +177,36 @@ class LoadedSnapshot:
 
 @contextmanager
 def loaded(cluster: Cluster, task: TrainingTask, name: str) -> Iterator[LoadedSnapshot]:
-    """Import the snapshot under names of its own, and remove everything made of it at the end.
+    """The snapshot in the cluster; everything made of it is removed at the end, under names of its own.
 
     Two tries of one fold never share a name, since the first may still be running somewhere.
     """
-    prefix = f"{key_prefix(task.run_id)}{name}_{uuid4().hex[:8]}_"
-    try:
-        data = LoadedSnapshot(cluster, task, prefix)
-        data.load()
-        yield data
-    finally:
-        cluster.remove_all(prefix)
+    frame = load_snapshot(cluster, task)
+    with cluster.removing():
+        yield LoadedSnapshot(cluster, task, frame, f"{key_prefix(task.run_id)}{name}_{uuid4().hex[:8]}_")
+
+
+def load_snapshot(cluster: Cluster, task: TrainingTask) -> str:
+    """The frame that holds the snapshot, the same for all folds of a run; imported if it is not there.
+
+    Folds that train at the same time need it to be there before, since two cannot import one file at once. A class is made a category
+    here: the parser keeps whole numbers numbers.
+    """
+    frame, read = f"{key_prefix(task.run_id)}snapshot", f"{key_prefix(task.run_id)}read"
+    if not cluster.is_there(frame):
+        cluster.import_parquet(task.snapshot_url, read, column_types(task))
+        names = " ".join(f'"{name}"' for name in ["event_time", "label_time", *(column.name for column in task.columns)])
+        label = f'(cols {read} "label")'
+        if task.model.label.type != "number":
+            label = f"(as.factor {label})"
+        cluster.assign(frame, f'(append (cols {read} [{names}]) {label} "label")')
+    return frame
+
+
+def unload_snapshot(task: TrainingTask) -> None:
+    """Remove whatever the cluster still holds of a run, also what a killed process left there."""
+    with open_cluster(task.h2o_url, task.timeout_s) as cluster:
+        cluster.remove_all(key_prefix(task.run_id))
 
 
 def column_types(task: TrainingTask) -> dict[str, ColumnType]:

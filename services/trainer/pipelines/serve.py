@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ON_ITS_WAY_S = 10.0
 
 
 def die_with_parent() -> None:
@@ -60,6 +61,49 @@ def set_environment(state: Path) -> None:
     }
 
 
+def mend_queue() -> None:
+    """Give Mage 0.9.80 a queue that loses no job.
+
+    The pool of workers ends when it finds nothing to do: a job that comes while it is ending is never started, and the run stands still
+    for good. And a job is noted after it is handed over, and forgotten while a worker has taken it and not said so: the worker dies of
+    a KeyError, and the block waits for another tick.
+    """
+    from mage_ai.orchestration.queue import process_queue
+
+    queued = process_queue.JobStatus.QUEUED
+
+    class Queue(process_queue.ProcessQueue):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self._noted: dict[str, float] = {}
+
+        def enqueue(self, job_id: str, target: object, *args: object, **kwargs: object) -> None:
+            """Note the job, then hand it to the pool; unless it is there already."""
+            if self.status != process_queue.QueueStatus.ACTIVE or self.has_job(job_id):
+                return
+            self.job_dict[job_id] = queued
+            self._noted[job_id] = time.monotonic()
+            self.queue.put([job_id, target, args, kwargs])
+            self._see_to_pool()
+
+        def has_job(self, job_id: str, *args: object, **kwargs: object) -> bool:
+            """Whether the job waits or runs; one on its way from the queue to a worker does."""
+            on_its_way = self.job_dict.get(job_id) == queued and time.monotonic() - self._noted.get(job_id, 0) < ON_ITS_WAY_S
+            return on_its_way or super().has_job(job_id, *args, **kwargs)
+
+        def clean_up_jobs(self) -> None:
+            """What the scheduler does at every tick."""
+            super().clean_up_jobs()
+            if not self.queue.empty():
+                self._see_to_pool()
+
+        def _see_to_pool(self) -> None:
+            if not self.is_worker_pool_alive():
+                self.start_worker_pool()
+
+    process_queue.ProcessQueue = Queue
+
+
 def main() -> None:
     """Start Mage in this process; returns when it was told to end."""
     state = Path(os.environ["MOJOMESH_MAGE_STATE"]).resolve()
@@ -67,6 +111,7 @@ def main() -> None:
     set_environment(state)
     project = copy_project(state)
     os.register_at_fork(after_in_child=die_with_parent)
+    mend_queue()
     from mage_ai.cli.main import app
 
     host, port = os.environ.get("MAGE_HOST", "127.0.0.1"), os.environ.get("MAGE_PORT", "6789")

@@ -1,6 +1,6 @@
 """The dynamic parent: one child per fold of the task. Trainer planned them; here they only fan out."""
 
-from mojomesh_trainer.training import TrainingTask
+from mojomesh_trainer import blocks
 
 if "data_loader" not in globals():  # Mage puts its own there, which collects the function
     from mage_ai.data_preparation.decorators import data_loader
@@ -9,6 +9,4 @@ if "data_loader" not in globals():  # Mage puts its own there, which collects th
 @data_loader
 def plan_folds(*args: object, **kwargs: object) -> list[list[dict[str, object]]]:
     """The folds' numbers, and the names of their blocks, as in `train_fold:fold_0`."""
-    task = TrainingTask.model_validate_json(str(kwargs["task"]))
-    folds = [plan.fold for plan in task.plans]
-    return [[{"fold": fold} for fold in folds], [{"block_uuid": f"fold_{fold}"} for fold in folds]]
+    return blocks.plan_folds(str(kwargs["task"]))

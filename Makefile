@@ -63,4 +63,4 @@ test: setup ## Every test, on real servers: a few minutes
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format contracts test images
+.PHONY: help setup lock check format contracts demo test images

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from opentelemetry import trace
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mojomesh_chassis.errors import MeshError, TransientError, Unauthorized
@@ -45,6 +46,7 @@ def mesh_app(service: str, settings: MeshSettings, health: Health, lifespan: Lif
 
     app.add_exception_handler(MeshError, _answer_mesh_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(Tracing)
     return app
@@ -79,6 +81,10 @@ async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse
     faults = error.errors() if isinstance(error, RequestValidationError) else []
     text = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:10])
     return JSONResponse({"error": {"type": "ValidationError", "message": text}}, 422)
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # as nginx calls it: the client went before it had sent all; no fault of ours, nobody reads this
 
 
 async def _answer_bug(request: Request, error: Exception) -> JSONResponse:

@@ -71,16 +71,16 @@ def make_outcomes(n: int, gain: float) -> Outcomes:
 
 
 def test_a_request_belongs_to_a_swap_from_the_promotion_to_the_last_lease() -> None:
-    calls = [make_call(-0.1), make_call(0.5), make_call(1.5, version=2), make_call(2.5, version=2)]
+    calls = [make_call(-1.1), make_call(0.5), make_call(1.5, version=2), make_call(3.5, version=2)]
 
     swap = gathering.swap(make_certificate(2.0), NOW, calls)
 
     assert (swap.requests, swap.failed, swap.by_version, swap.old_after_drain) == (2, 0, {1: 1, 2: 1}, 0)
-    assert [answer.after_s for answer in swap.answers] == [-1.6, -1.0, 0.0, 1.0]
+    assert [answer.after_s for answer in swap.answers] == [-2.6, -1.0, 0.0, 2.0]
 
 
 def test_a_failure_in_a_swap_and_an_old_version_after_it_are_seen() -> None:
-    calls = [make_call(0.5, status=503), make_call(0.6, status=None), make_call(1.5, version=2), make_call(2.5, version=1)]
+    calls = [make_call(0.5, status=503), make_call(0.6, status=None), make_call(1.5, version=2), make_call(3.5, version=1)]
 
     swap = gathering.swap(make_certificate(2.0), NOW, calls)
 

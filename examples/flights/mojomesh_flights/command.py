@@ -8,7 +8,7 @@ import typer
 
 def demo(
     pace: Annotated[int, typer.Option(min=1, help="Facts told a second, once there is a model.")] = 4_000,
-    load: Annotated[int, typer.Option(min=1, help="HTTP requests a second.")] = 150,
+    load: Annotated[int, typer.Option(min=1, help="HTTP requests a second; more around a swap.")] = 60,
     drift: Annotated[bool, typer.Option(help="--no-drift is the control: the model is never retrained by itself.")] = True,
     reports: Annotated[Path, typer.Option(help="Where demo.json and demo.html go.")] = Path("reports"),
     state: Annotated[Path, typer.Option(help="State folder of the demo's own mesh; emptied first.")] = Path(".mojomesh/demo"),

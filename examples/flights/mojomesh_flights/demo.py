@@ -42,6 +42,8 @@ from mojomesh_trainer.metrics import auc
 TOLERANCE = 1e-6
 Result = TypeVar("Result")
 
+SWAP_PATIENCE_S = 20.0
+AFTER_SWAP_S = 3.0
 LIVE_FLIGHTS = 20_000  # the last of which the AUC is shown while the replay runs
 RECEIPTS_PATIENCE_S = 30.0
 
@@ -143,13 +145,13 @@ async def _replay(run: Run) -> None:
         await run.mesh.train(f"the demo asks for a first version, from the facts until {first}")
     with run.progress.phase("replay what followed, ask about every flight"):
         loading = asyncio.create_task(run.load.run())
-        noting = asyncio.create_task(_note_versions(run))
+        watching = [asyncio.create_task(_note_versions(run)), asyncio.create_task(_load_more_at_swaps(run))]
         try:
             await _while_well(loading, lambda: run.replay.live(run.mesh))
         finally:
-            for task in (loading, noting):
+            for task in (loading, *watching):
                 task.cancel()
-            await asyncio.wait([loading, noting])
+            await asyncio.wait([loading, *watching])
 
 
 async def _note_versions(run: Run) -> None:
@@ -164,6 +166,21 @@ async def _note_versions(run: Run) -> None:
             run.progress.note(f"version {swap.version} serves, swapped in within {took:.1f} s; {swap.failed_requests} requests failed")
         n_alerts, n_swaps = len(run.listener.alerts), len(run.listener.deployed)
         await asyncio.sleep(0.2)
+
+
+async def _load_more_at_swaps(run: Run) -> None:
+    """Ask more from the moment a bundle is ready until some seconds after it serves, or after nothing came of it."""
+    n_ready = len(run.listener.ready)
+    while True:
+        if len(run.listener.ready) > n_ready:
+            n_ready, n_deployed = len(run.listener.ready), len(run.listener.deployed)
+            run.load.rate = run.plan.swap_load
+            began = time.monotonic()
+            while len(run.listener.deployed) == n_deployed and time.monotonic() - began < SWAP_PATIENCE_S:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(AFTER_SWAP_S)
+            run.load.rate = run.plan.load
+        await asyncio.sleep(0.05)
 
 
 class _Numbers:
@@ -195,11 +212,8 @@ class _Numbers:
     def _live_auc(self) -> str:
         predictions = self._run.listener.predictions
         start = max(0, len(predictions) - LIVE_FLIGHTS)
-        asked = [
-            (self._rows[name], score)
-            for name, score in zip(predictions.entity_ids[start:], predictions.scores[start:], strict=False)
-            if name
-        ]
+        last = zip(predictions.by_kafka[start:], predictions.entity_ids[start:], predictions.scores[start:], strict=False)
+        asked = [(self._rows[name], score) for by_kafka, name, score in last if by_kafka and name]
         rows = np.array([row for row, _ in asked], dtype=np.int64)
         known = self._label_ms[rows] <= self._run.replay.event_ms
         found = auc(self._late[rows][known], np.array([score for _, score in asked])[known]) if known.any() else None
@@ -264,6 +278,7 @@ def _replayed(run: Run) -> said.Replayed:
         pace=run.plan.pace,
         history_pace=run.plan.history_pace,
         http_rate=run.plan.load,
+        http_rate_at_swaps=run.plan.swap_load,
         held_s=sum(hold.seconds for hold in run.replay.holds),
         waited_s=run.replay.waited_s,
         drift=run.plan.drift,

@@ -22,6 +22,7 @@ class Replayed(Frozen):
     pace: int
     history_pace: int
     http_rate: float
+    http_rate_at_swaps: float
     held_s: float
     waited_s: float
     drift: bool
@@ -85,10 +86,14 @@ class Answer(Frozen):
 
 
 class Swap(Frozen):
-    """What HTTP clients saw while one version took over from another, by their own log."""
+    """What HTTP clients saw while one version took over from another, by their own log.
+
+    From `margin_s` before its promotion to `margin_s` after the last lease on the old version was given back.
+    """
 
     version: int
     seconds: float
+    margin_s: float
     requests: int
     failed: int
     by_version: dict[int, int]

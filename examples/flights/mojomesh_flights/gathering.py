@@ -30,7 +30,8 @@ Integers = NDArray[np.int64]
 N_CALIBRATION_BINS = 10
 N_RESAMPLES = 100
 SEED = 2013
-AROUND_SWAP_S = 10.0
+AROUND_SWAP_S = 5.0
+SWAP_MARGIN_S = 1.0  # before the promotion and after the drain: whatever the swap does to a request shows there too
 LEAST_FLIGHTS = 500  # a week with fewer says little
 H2O_TIMEOUT_S = 120.0
 
@@ -244,15 +245,16 @@ def out_of_time(outcomes: Outcomes, late_before: float) -> said.OutOfTime:
 
 
 def swap(certificate: ModelDeployed, asked_at: datetime, calls: Sequence[Call]) -> said.Swap:
-    """What the client's log says about the time from a promotion until the last lease on the old version was given back."""
+    """What the client's log says about a promotion, until the last lease on the old version was given back."""
     began, drained_at = asked_at.timestamp(), certificate.switched_at.timestamp()
     switched_at = min((call.due_at for call in calls if call.version == certificate.version), default=drained_at)
-    during = [call for call in calls if began <= call.due_at <= drained_at]
+    during = [call for call in calls if began - SWAP_MARGIN_S <= call.due_at <= drained_at + SWAP_MARGIN_S]
     latencies = _latencies(during)
     near = [call for call in calls if abs(call.due_at - switched_at) <= AROUND_SWAP_S]
     return said.Swap(
         version=certificate.version,
         seconds=drained_at - began,
+        margin_s=SWAP_MARGIN_S,
         requests=len(during),
         failed=sum(call.failed for call in during),
         by_version=dict(Counter(call.version for call in during if call.version is not None)),

@@ -14,6 +14,9 @@ MODEL = "flight-delay"
 TIMEOUT_S = 10.0
 TICK_S = 0.01
 
+KEEP_S = 2.0
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Door = Literal["native", "v2"]
 Choose = Callable[[random.Random], "Asked | None"]
 
@@ -46,15 +49,15 @@ class Call:
 
 
 class Load:
-    """Asks at a fixed rate, whatever the answers take (open loop). Every fourth request goes through the V2 door, with values."""
+    """Asks at a rate, whatever the answers take (open loop). Every fourth request goes through the V2 door, with values."""
 
     def __init__(self, url: str, rate: float, choose: Choose) -> None:
         parsed = urlparse(url)
         self._host, self._port = parsed.hostname or "127.0.0.1", parsed.port or 80
-        self._rate = rate
+        self.rate = rate  # requests a second; may be changed while it runs
         self._choose = choose
         self._random = random.Random(2013)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, Connection]] = []  # since when, the longest first
         self._running: set[asyncio.Task[None]] = set()
         self.calls: list[Call] = []
 
@@ -63,17 +66,17 @@ class Load:
         try:
             due = time.time()
             while True:
-                due += 1 / self._rate
+                due += 1 / self.rate
                 if (ahead := due - time.time()) > TICK_S:
                     await asyncio.sleep(ahead)
                 if (asked := self._choose(self._random)) is not None:
                     door: Door = "v2" if self._random.random() < 0.25 else "native"
-                    task = asyncio.create_task(self._ask(door, asked, due))
+                    task = asyncio.create_task(self._ask(door, asked, min(due, time.time())))
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
         finally:
             await asyncio.gather(*self._running)
-            for _, writer in self._idle:
+            for _, (_, writer) in self._idle:
                 writer.close()
 
     async def _ask(self, door: Door, asked: Asked, due: float) -> None:
@@ -88,7 +91,7 @@ class Load:
 
     async def _post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """One request on a kept connection. A hundred lines of a client library would cost more than the score does."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        reader, writer = self._kept() or await asyncio.open_connection(self._host, self._port)
         try:
             head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
@@ -101,8 +104,14 @@ class Load:
         if headers.get("connection") == "close":
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((time.monotonic(), (reader, writer)))
         return int(lines[0].split()[1]), answer
+
+    def _kept(self) -> Connection | None:
+        """An open connection that the server will not close just now: it does so after some seconds without a request."""
+        while self._idle and time.monotonic() - self._idle[0][0] > KEEP_S:
+            self._idle.pop(0)[1][1].close()
+        return self._idle.pop()[1] if self._idle else None
 
 
 def _request(door: Door, asked: Asked) -> tuple[str, bytes]:

@@ -161,8 +161,10 @@ def _drift(figure: Figure, windows: Sequence[DriftWindow], versions: Sequence[Ve
     columns = sorted({name for window in windows for name in window.psi}, key=lambda name: _worst(windows, name))
     scale = LinearSegmentedColormap.from_list("drift", ["#f7f8f9", "#cfdfe4", "#f0c9a0", ALERT, "#6d1a10"])
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, *(_worst(windows, name) for name in columns)))
-    for window in windows:
-        left, right = _x(window.window_from), _x(window.window_to)
+    for before, window in zip([None, *windows], windows, strict=False):
+        # Windows are of predictions as they came, not quite in the order of time: each begins where the one before ended.
+        follows = before is not None and before.version == window.version
+        left, right = _x(before.window_to if before and follows else window.window_from), _x(window.window_to)
         for row, name in enumerate(columns):
             share = window.psi[name] / window.psi_threshold[name] if name in window.psi else np.nan
             axes.barh(row, right - left, left=left, height=0.86, color=scale(norm(share)), lw=0)
@@ -196,6 +198,7 @@ def _calibration(figure: Figure, calibrations: Sequence[Calibration]) -> None:
     axes.set(xlim=(0, most), ylim=(0, most), xlabel="probability given", ylabel="share that was late", aspect="equal")
     axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    axes.set_anchor("W")
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9.5)
 
 

@@ -20,7 +20,7 @@ from mojomesh_flights.load import MODEL, Asked
 from mojomesh_flights.mesh import Mesh
 
 TICK_S = 0.1
-MOST_BEHIND = 10_000  # questions without an answer, at which the clock waits for the mesh
+MOST_BEHIND = 4_000  # questions without an answer, at which the clock waits for the mesh: what is far behind is late to see drift
 PATIENCE_S = 60.0
 RECENT = 5_000  # flights that the HTTP load asks about
 
@@ -33,7 +33,8 @@ class Plan:
     until: datetime = WHOLE_YEAR
     history_pace: int = 12_000  # facts a second, before there is a model
     pace: int = 4_000  # facts a second after that
-    load: int = 150  # HTTP requests a second
+    load: int = 60  # HTTP requests a second
+    swap_load: int = 300  # from the moment a version is ready until it serves; a swap takes a second or two, and many should see it
     drift: bool = True
 
 

@@ -1,5 +1,6 @@
 """Asking features for the vectors of entities."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,6 +10,8 @@ from pydantic import Field, ValidationError
 
 from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
 from mojomesh_contracts.events import FeatureValue, Frozen, RowKey
+
+FEW_ROWS = 16  # more than these are a call of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,27 @@ class _Answer(Frozen):
     rows: list[Found]
 
 
+@dataclass
+class _Together:
+    """What will be asked in one call."""
+
+    entities: list[EntityAt]
+    asking: "asyncio.Task[list[Found]]"
+
+
 class FeatureLookup:
-    """The features service, by HTTP."""
+    """The features service, by HTTP.
+
+    A call for one row costs both processes as much as a call for twenty (measured: 5 ms of CPU here and there). So while a call is under
+    way, what is asked meanwhile about the same model goes together in the next: nobody waits when little is asked, and calls grow with
+    the load.
+    """
 
     def __init__(self, client: httpx.AsyncClient, url: str) -> None:
         self._client = client
         self._url = f"{url}/v1/features:lookup"
+        self._next: dict[str, _Together] = {}
+        self._under_way: dict[str, asyncio.Task[list[Found]]] = {}
 
     async def vectors(self, model: str, entities: Sequence[EntityAt]) -> list[Found]:
         """The model's vector of each entity as of its event time, in their order.
@@ -47,6 +65,28 @@ class FeatureLookup:
             PermanentError: It refuses the question.
             TransientError: It does not answer.
         """
+        if len(entities) > FEW_ROWS:
+            return await self._ask(model, entities)
+        if (together := self._next.get(model)) is None:
+            together = self._next[model] = _Together([], asyncio.create_task(self._ask_next(model)))
+        start = len(together.entities)
+        together.entities += entities
+        try:
+            found = await asyncio.shield(together.asking)  # a caller that goes away must not take the others' answer with it
+        except PermanentError:
+            if len(together.entities) == len(entities):
+                raise
+            return await self._ask(model, entities)  # it may be another's fault
+        return found[start : start + len(entities)]
+
+    async def _ask_next(self, model: str) -> list[Found]:
+        if (before := self._under_way.get(model)) is not None:
+            await asyncio.wait([before])
+        together = self._next.pop(model)
+        self._under_way[model] = together.asking
+        return await self._ask(model, together.entities)
+
+    async def _ask(self, model: str, entities: Sequence[EntityAt]) -> list[Found]:
         rows = [{"entity_id": entity.entity_id, "event_time": entity.event_time.isoformat()} for entity in entities]
         try:
             reply = await self._client.post(self._url, json={"model": model, "rows": rows})

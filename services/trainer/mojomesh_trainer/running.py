@@ -230,8 +230,8 @@ class Trainer:
             await tables.save_run(db, run, self.settings.lease_s, **values)
 
     async def _pause(self, run: Run, error: TransientError) -> None:
-        """Put the run back until what it needs may be there again; give up when that takes too long."""
-        if datetime.now(UTC) - run.created_at > timedelta(seconds=self.settings.patience_s):
+        """Put the run back until what it needs may be there again; give up when that takes too long, unless its bundle is there already."""
+        if not run.announced and datetime.now(UTC) - run.created_at > timedelta(seconds=self.settings.patience_s):
             await self._give_up(run, "failed", f"{error} (tried for {self.settings.patience_s:g} s)")
             return
         log.warning("run_interrupted", run_id=str(run.run_id), reason=str(error))

@@ -30,6 +30,7 @@ from mojomesh_chassis.health import Health
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_chassis.telemetry import carried_trace, links, log, tracer
+from mojomesh_chassis.topics import require_topics
 from mojomesh_contracts.events import Event
 
 _CONSUMED = Counter("mojomesh_events_consumed_total", "Events by what became of them", ["topic", "outcome"])
@@ -249,9 +250,13 @@ async def consuming(
     Args:
         slot: Tells apart the processes of one replica; a restarted one gets its partitions back at once.
         resources: What handlers get, by parameter name.
+
+    Raises:
+        TransientError: Nobody answers as Kafka, or it lacks a topic.
     """
     broker = KafkaBroker(settings.kafka, apply_types=False, logger=None, graceful_timeout=30, parser=None, allow_auto_create_topics=False)
     consumers = [_consumer(subscription, publisher, resources) for subscription in router.subscriptions]
+    await require_topics(settings.kafka, [subscription.event.topic.name for subscription in router.subscriptions])
     await broker.connect()
     try:
         await broker.start()

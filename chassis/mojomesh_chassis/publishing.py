@@ -67,10 +67,10 @@ class Publisher:
         try:
             await asyncio.gather(*(await _sending_many(producer, records) if by_batches else await _sending(producer, records)))
         except _BROKEN_FOR_GOOD as error:
-            # The sequence of this producer cannot be mended (aio-libs/aiokafka#1017); the next call opens another.
             await self._give_up(producer)
             raise TransientError(f"Kafka refused the sequence of records: {error!r}") from error
         except MessageSizeTooLargeError as error:
+            await self._give_up(producer)
             raise PermanentError(f"too large for its topic: {error}") from error
         except KafkaError as error:
             raise TransientError(f"Kafka at {self._kafka} did not acknowledge: {error!r}") from error
@@ -87,6 +87,7 @@ class Publisher:
             await self._give_up(producer)
 
     async def _give_up(self, producer: AIOKafkaProducer) -> None:
+        """Let go of a producer whose sequence has a hole, which aiokafka cannot mend (its issue 1017); the next call opens another."""
         # Several calls may find the same producer broken; only the first must end it, and none the one opened since.
         if producer == self._producer:
             self._producer = None

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 import pytest
@@ -23,6 +23,7 @@ from mojomesh_chassis.publishing import Publisher, open_publisher
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_contracts.definitions import parse_definition
 from mojomesh_contracts.events import DefinitionApplied, Event, EventReceived, TrainingRequested
+from mojomesh_contracts.topics import Topic
 
 RECEIVED = EventReceived.topic.name
 BURIED = EventReceived.topic.dead_letters.name
@@ -379,6 +380,25 @@ def test_a_handler_that_asks_for_what_nobody_opened_fails_at_start(settings: Mes
 
     with pytest.raises(TypeError, match="feature_store"):
         asyncio.run(start())
+
+
+async def test_a_service_that_finds_no_kafka_or_no_topic_says_so_and_does_not_start(settings: MeshSettings) -> None:
+    class Poem(Event):
+        topic: ClassVar[Topic] = Topic("poems.read.v1", partitions=1)
+        keyed_by: ClassVar[str] = "event_id"
+
+    async def on_poems(batch: list[Poem]) -> list[Event]:
+        return []
+
+    router = MeshRouter("tester")
+    router.work(Poem)(on_poems)
+    for where, reason in (
+        (settings.kafka, r"no topic poems\.read\.v1; run `mojomesh migrate`"),
+        ("127.0.0.1:9", "nobody answers as Kafka"),
+    ):
+        with pytest.raises(TransientError, match=reason):
+            async with running(settings.model_copy(update={"kafka": where}), router):
+                pass
 
 
 async def test_a_trace_is_carried_from_event_to_event(settings: MeshSettings, records: Any, spans: InMemorySpanExporter) -> None:

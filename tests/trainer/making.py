@@ -38,6 +38,7 @@ AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 START = datetime(2013, 1, 1, tzinfo=UTC)
 DAY_MS = 86_400_000
+POLL_S = 0.2
 COLUMNS = [
     Column(name="carrier", feature_set="flights", feature="carrier", type="category"),
     Column(name="distance", feature_set="flights", feature="distance", type="number"),
@@ -211,9 +212,13 @@ class World:
         return [event.model_validate_json(record.value) for record in await self.records.read(event.topic.name)]
 
     async def until_heard(self, count: int) -> list[ModelReady]:
-        while len(found := await self.heard(ModelReady)) < count:
-            await asyncio.sleep(0.1)
-        return found
+        """What was announced, as soon as so many runs have ended well."""
+        async with open_database(self.postgres.owner_url) as database:
+            while True:
+                async with database.begin() as db:
+                    if await db.scalar(text("SELECT count(*) FROM trainer.runs WHERE state = 'succeeded'")) >= count:
+                        return await self.heard(ModelReady)
+                await asyncio.sleep(POLL_S)
 
     async def run(self, run_id: UUID, *states: str) -> dict[str, Any]:
         """The run's row, as soon as it is in one of these states."""
@@ -223,7 +228,7 @@ class World:
                     found = (await db.execute(text("SELECT * FROM trainer.runs WHERE run_id = :id"), {"id": run_id})).mappings().first()
                 if found and found["state"] in (states or ("succeeded", "failed", "skipped")):
                     return dict(found)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(POLL_S)
 
     async def execute(self, statement: str) -> None:
         """As the owner."""

@@ -129,12 +129,12 @@ def _binary(name: str) -> Path:
 def _as_ordinary_user() -> list[str]:
     """PostgreSQL refuses to run as root: root becomes `nobody` first.
 
-    That user keeps one right of root's, to pass folders closed to it (a state folder below /root). A change of user clears the
-    death signal, so setpriv sets it again.
+    That user keeps one right of root's, to pass folders closed to it (a clone or a state folder below /root). `no_setuid_fixup` makes it
+    count in access(2) too, by which initdb looks for its server. A change of user clears the death signal, so setpriv sets it again.
     """
     if os.geteuid() != 0:
         return []
     return [
-        *("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--pdeathsig=KILL"),
+        *("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--pdeathsig=KILL", "--securebits=+no_setuid_fixup"),
         *("--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override", "--bounding-set=-all,+dac_override", "--"),
     ]

@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -27,11 +27,11 @@ from mojomesh_contracts.bundles import (
     Manifest,
     SnapshotTaken,
 )
-from mojomesh_trainer import genmodel
 from mojomesh_trainer.baselines import make_baseline
 from mojomesh_trainer.cluster import H2OFailed, H2OUnreachable, open_cluster
 from mojomesh_trainer.errors import RunFailed, RunInterrupted
 from mojomesh_trainer.folds import MILLISECOND, from_ms, scored_from, to_ms, training_start
+from mojomesh_trainer.genmodel import Mojo, open_mojo
 from mojomesh_trainer.metrics import Floats, measure
 from mojomesh_trainer.runners import FoldRunner, in_thread
 from mojomesh_trainer.snapshots import Snapshot
@@ -64,7 +64,6 @@ class Folds:
 class FinalModel:
     """The model trained on the whole window, and what the cluster says of the last fold's rows with it."""
 
-    mojo: genmodel.Mojo
     scores: Floats
     train_from: datetime
     train_to: datetime
@@ -85,9 +84,10 @@ async def make_bundle(
         folder.mkdir()
         jar = Path(work) / "h2o-genmodel.jar"
         final = await _train(task, snapshot, folder / MOJO_FILE, jar)
-        schema = _schema(task, final.mojo)
-        tested = snapshot.tested(task.plans[-1], task.model).encode(schema)
-        parity = float(np.abs(await genmodel.score_mojo(jar, folder / MOJO_FILE, tested) - final.scores).max())
+        async with open_mojo(jar, folder / MOJO_FILE) as mojo:
+            schema = _schema(task, mojo)
+            tested = snapshot.tested(task.plans[-1], task.model).encode(schema)
+            parity = float(np.abs(await mojo.score(tested) - final.scores).max())
         if not parity <= PARITY:
             raise RunFailed(f"the MOJO's scores differ from the cluster's by {parity:g} on the last fold's rows; {PARITY:g} is allowed")
         results, comparison = await _compared(task, snapshot, folds, champion, jar)
@@ -157,7 +157,7 @@ async def _train(task: TrainingTask, snapshot: Snapshot, mojo: Path, jar: Path) 
         raise RunInterrupted(str(error)) from error
     except H2OFailed as error:
         raise RunFailed(f"the final model failed: {error}") from error
-    return FinalModel(await genmodel.read_mojo(jar, mojo), scores, train_from, train_to, pins)
+    return FinalModel(scores, train_from, train_to, pins)
 
 
 def _train_in_cluster(
@@ -175,7 +175,7 @@ def _train_in_cluster(
         return scores, start, last, cluster.version()
 
 
-def _schema(task: TrainingTask, mojo: genmodel.Mojo) -> BundleSchema:
+def _schema(task: TrainingTask, mojo: Mojo) -> BundleSchema:
     columns = {column.name: column for column in task.columns}
     inputs = [columns[name].model_copy(update={"levels": mojo.levels.get(name)}) for name in mojo.columns]
     return BundleSchema(columns=inputs, label=task.model.label.column, classes=mojo.classes)
@@ -192,27 +192,26 @@ async def _compared(
     if champion is None or any(column.name not in snapshot.table.column_names for column in champion.bundle.schema.columns):
         return folds.results, None
     since = to_ms(champion.bundle.manifest.train_to)
+    if not any((predictions.label_ms > since).any() for predictions in folds.predictions):
+        return folds.results, None
     label = task.model.label.type
     results, challengers, champions = [], [], []
-    for result, predictions in zip(folds.results, folds.predictions, strict=True):
-        unknown = predictions.label_ms > since
-        if not unknown.any():
-            results.append(result)
-            continue
-        rows = snapshot.tested(result, task.model).encode(champion.bundle.schema)[unknown]
-        challenger = FoldPredictions(*(getattr(predictions, name)[unknown] for name in FoldPredictions.__annotations__))
-        theirs = FoldPredictions(
-            challenger.labels, challenger.label_ms, await genmodel.score_mojo(jar, champion.bundle.mojo_path, rows), challenger.naive
-        )
-        challengers.append(challenger)
-        champions.append(theirs)
-        metrics = {
-            "challenger_metrics": measure(label, challenger.labels, challenger.scores, challenger.naive),
-            "champion_metrics": measure(label, theirs.labels, theirs.scores, theirs.naive),
-        }
-        results.append(result.model_copy(update=metrics))
-    if not challengers:
-        return results, None
+    async with open_mojo(jar, champion.bundle.mojo_path) as mojo:
+        for result, predictions in zip(folds.results, folds.predictions, strict=True):
+            unknown = predictions.label_ms > since
+            if not unknown.any():
+                results.append(result)
+                continue
+            rows = snapshot.tested(result, task.model).encode(champion.bundle.schema)[unknown]
+            challenger = FoldPredictions(*(getattr(predictions, name)[unknown] for name in FoldPredictions.__annotations__))
+            theirs = replace(challenger, scores=await mojo.score(rows))
+            challengers.append(challenger)
+            champions.append(theirs)
+            metrics = {
+                "challenger_metrics": measure(label, challenger.labels, challenger.scores, challenger.naive),
+                "champion_metrics": measure(label, theirs.labels, theirs.scores, theirs.naive),
+            }
+            results.append(result.model_copy(update=metrics))
     ours, theirs = _pooled(challengers), _pooled(champions)
     comparison = ChampionComparison(
         champion_version=champion.version,

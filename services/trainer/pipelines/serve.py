@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ON_ITS_WAY_S = 10.0
+LOOK_S = 0.1
 
 
 def die_with_parent() -> None:
@@ -57,20 +59,29 @@ def set_environment(state: Path) -> None:
         "DISABLE_AUTORELOAD": "1",
         "ENABLE_OPEN_AI": "0",
         "ENABLE_HUGGING_FACE": "0",
-        "SCHEDULER_TRIGGER_INTERVAL": os.environ.get("SCHEDULER_TRIGGER_INTERVAL", "1"),
+        "SCHEDULER_TRIGGER_INTERVAL": os.environ.get("SCHEDULER_TRIGGER_INTERVAL", "0.5"),
     }
 
 
 def mend_queue() -> None:
-    """Give Mage 0.9.80 a queue that loses no job.
+    """Give Mage 0.9.80 a queue that loses no job, and looks more often.
 
-    The pool of workers ends when it finds nothing to do: a job that comes while it is ending is never started, and the run stands still
-    for good. And a job is noted after it is handed over, and forgotten while a worker has taken it and not said so: the worker dies of
-    a KeyError, and the block waits for another tick.
+    Its pool of workers ends when it finds nothing to do: a job that comes while it is ending is never started, and the run stands still
+    for good; this one goes on. And a job is noted after it is handed over, and forgotten while a worker has taken it and not said so:
+    the worker dies of a KeyError, and the block waits for another tick.
     """
     from mage_ai.orchestration.queue import process_queue
 
     queued = process_queue.JobStatus.QUEUED
+
+    def work_off(jobs: Any, size: int, noted: Any, *_: object) -> None:
+        workers: list[Any] = []
+        while True:
+            workers = [worker for worker in workers if worker.is_alive()]
+            if len(workers) < size and not jobs.empty():
+                workers.append(process_queue.Worker(jobs, noted))
+                workers[-1].start()
+            time.sleep(LOOK_S)
 
     class Queue(process_queue.ProcessQueue):
         def __init__(self, *args: object) -> None:
@@ -84,24 +95,16 @@ def mend_queue() -> None:
             self.job_dict[job_id] = queued
             self._noted[job_id] = time.monotonic()
             self.queue.put([job_id, target, args, kwargs])
-            self._see_to_pool()
+            if not self.is_worker_pool_alive():
+                self.start_worker_pool()
 
         def has_job(self, job_id: str, *args: object, **kwargs: object) -> bool:
             """Whether the job waits or runs; one on its way from the queue to a worker does."""
             on_its_way = self.job_dict.get(job_id) == queued and time.monotonic() - self._noted.get(job_id, 0) < ON_ITS_WAY_S
             return on_its_way or super().has_job(job_id, *args, **kwargs)
 
-        def clean_up_jobs(self) -> None:
-            """What the scheduler does at every tick."""
-            super().clean_up_jobs()
-            if not self.queue.empty():
-                self._see_to_pool()
-
-        def _see_to_pool(self) -> None:
-            if not self.is_worker_pool_alive():
-                self.start_worker_pool()
-
     process_queue.ProcessQueue = Queue
+    process_queue.poll_job_and_execute = work_off
 
 
 def main() -> None:

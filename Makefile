@@ -19,13 +19,13 @@ $(VENV)/.done: requirements/build.txt requirements/dev.txt $(MEMBERS:%=%/pyproje
 	@$(PYTHON) deploy/local/mojomesh_local/platform_check.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/build.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(MEMBERS:%=-e ./%)
 	@touch $@
 
 $(MAGE)/.done: requirements/mage.txt contracts/pyproject.toml services/trainer/pyproject.toml $(VENV)/.done
 	$(PYTHON) -m venv $(MAGE)
-	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(MAGE)/bin/python --require-hashes -r requirements/mage.txt
 	$(BIN)/uv pip install --quiet --python $(MAGE)/bin/python --no-deps --no-build-isolation -e ./contracts -e ./services/trainer
 	@touch $@
 

@@ -127,17 +127,17 @@ async def until(holds: Callable[[], Awaitable[object]], within_s: float, what: s
     raise AssertionError(what)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def year() -> Year:
     return read_year(MARCH)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory, faults: Path) -> Iterator[Mesh]:
     """The whole stack, its processes ready to be killed; with `MOJOMESH_TEST_SERVICES=images` the services run in their containers."""
     folder = tmp_path_factory.mktemp("mesh")
@@ -150,13 +150,13 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, faults: Path) -> Iterator[Mes
         yield mesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def client(mesh: Mesh, faults: Path) -> AsyncIterator[Client]:
     async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
         yield Client(mesh, http, faults)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ledger() -> Ledger:
     return Ledger()
 
@@ -170,7 +170,7 @@ def definitions() -> list[Json]:
     return documents
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def january(client: Client, ledger: Ledger, year: Year) -> Client:
     """January is stored, and a model trained on it serves as version 1."""
     await client.json("PUT", "registry", "/v1/definitions", definitions())
@@ -184,7 +184,7 @@ async def january(client: Client, ledger: Ledger, year: Year) -> Client:
     return client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def february(january: Client, ledger: Ledger, year: Year) -> Client:
     """February, warmer than it was, was told and asked about while processes were killed; version 2 serves."""
     client = january

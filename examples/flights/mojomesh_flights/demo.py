@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
 
 import numpy as np
 import psutil
@@ -353,15 +352,20 @@ async def _drift(run: Run) -> list[said.DriftWindow]:
 
 
 async def _lineage(run: Run, served: Served) -> said.Lineage:
-    """The last sampled prediction whose flight has arrived, with its receipt as features keeps it."""
+    """The last of the sampled predictions whose flight has arrived and that used most rows, with its receipt as features keeps it."""
     label_ms, late = run.year.flights["label_ms"], run.year.flights["late"]
-    for sample in reversed(run.listener.samples):
-        row = served.flights[served.position[sample["prediction_id"]]]
-        if row >= 0 and sample["rows"] and label_ms[row].is_valid:
-            receipt = await run.mesh.prediction(str(UUID(sample["prediction_id"])))
-            arrival = datetime.fromtimestamp(label_ms[row].as_py() / 1000, UTC)
-            return said.Lineage(receipt=receipt, version=sample["version"], came_true=bool(late[row].as_py()), arrival=arrival)
-    raise DemoFailed("no prediction was made from looked-up features")
+    rows = {sample["prediction_id"]: int(served.flights[served.position[sample["prediction_id"]]]) for sample in run.listener.samples}
+    arrived = [sample for sample in run.listener.samples if (row := rows[sample["prediction_id"]]) >= 0 and label_ms[row].is_valid]
+    if not arrived:
+        raise DemoFailed("none of the predictions that were sampled is of a flight that has arrived")
+    sample = max(reversed(arrived), key=lambda sample: len(sample["rows"]))
+    row = rows[sample["prediction_id"]]
+    return said.Lineage(
+        receipt=await run.mesh.prediction(sample["prediction_id"]),
+        version=sample["version"],
+        came_true=bool(late[row].as_py()),
+        arrival=datetime.fromtimestamp(label_ms[row].as_py() / 1000, UTC),
+    )
 
 
 def _machine() -> dict[str, str]:

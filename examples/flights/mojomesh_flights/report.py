@@ -22,13 +22,17 @@ def write_report(evidence: Evidence, folder: Path) -> Path:
 def render(evidence: Evidence) -> str:
     """The page as text."""
     environment = Environment(loader=PackageLoader("mojomesh_flights", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(day=_day, moment=_moment, count=_count, short=_short)
+    environment.filters.update(day=_day, date=_date, moment=_moment, count=_count, short=_short)
     pictures = {name: Markup(svg) for name, svg in draw_all(evidence).items()}
     return environment.get_template("report.html.j2").render(evidence=evidence, pictures=pictures, color_of=color_of)
 
 
 def _day(time: datetime) -> str:
     return f"{time.day} {time:%b}"
+
+
+def _date(time: datetime) -> str:
+    return f"{time.day} {time:%B %Y}"
 
 
 def _moment(time: datetime) -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from sqlalchemy import text
 
@@ -35,10 +36,11 @@ from mojomesh_store.tables import FeatureRow
 from tests.features.definition import HOUR, TrainingRow, expected_rows
 from tests.features.making import DEFINITIONS, NOON, make_event
 
-EXAMPLES, LONG = 60, 5_000
+EXAMPLES, LONG = 40, 5_000
 
-flights, airports = st.sampled_from(["A", "B", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
-times = st.integers(-3, 6).map(lambda n: NOON + n * HOUR)
+# Little room, so that histories are full of corrections, of ties and of labels.
+flights, airports = st.sampled_from(["A", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
+times = st.sampled_from([-5, -2, 0, 1]).map(lambda n: NOON + n * HOUR)
 reports = st.one_of(st.none(), times)
 numbers = st.one_of(st.none(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False, width=32))
 flags = st.one_of(st.none(), st.booleans())
@@ -210,7 +212,7 @@ def run_histories(world: World, n: int) -> None:
     # Shrinking would take minutes on real servers.
     phases = [Phase.explicit, Phase.generate]
     checks = settings(
-        max_examples=n, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), phases=phases, database=None
+        max_examples=n, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck), phases=phases, database=None
     )
     run_state_machine_as_test(machine_of(world), settings=checks)
 
@@ -220,7 +222,7 @@ def test_a_snapshot_is_its_definition_over_any_history_and_never_changes(postgre
     with a_world(postgres, tmp_path, KnownRows) as world:
         run_histories(world, n)
 
-        print(f"{world.histories} histories, {world.taken} snapshots")
+        print(f"{world.histories} histories, {world.taken} snapshots")  # noqa: T201 the number run is part of the claim
         assert world.histories >= n
 
 
@@ -236,5 +238,8 @@ class WithoutTieBreak(KnownRows):
 
 @pytest.mark.parametrize("leaking", [WithoutCreatedAt, WithoutTieBreak])
 def test_the_same_histories_find_a_snapshot_that_leaks(postgres: Any, tmp_path: Path, leaking: type[KnownRows]) -> None:
-    with a_world(postgres, tmp_path, leaking) as world, pytest.raises((AssertionError, BaseExceptionGroup)):
+    with (
+        a_world(postgres, tmp_path, leaking) as world,
+        pytest.raises((AssertionError, FlakyFailure)),
+    ):  # which of tied rows is found may vary
         run_histories(world, 1_000)

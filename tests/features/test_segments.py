@@ -329,8 +329,9 @@ async def test_other_tools_open_the_folder_as_a_table(
     folder = objects.path_of("segments/flights")
 
     assert pyarrow.dataset.dataset(folder, format="parquet").count_rows() == ids(rows, "flights").total()
-    found = duckdb.sql(f"SELECT count(*), count(DISTINCT distance) FROM read_parquet('{folder}/*.parquet', union_by_name = true)")
-    assert found.fetchall() == [(80, 80)]
+    with duckdb.connect() as db:
+        db.execute(f"SELECT count(*), count(DISTINCT distance) FROM read_parquet('{folder}/*.parquet', union_by_name = true)")
+        assert db.fetchall() == [(80, 80)]
 
 
 async def test_the_door_seals_what_is_known(

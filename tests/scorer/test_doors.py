@@ -175,7 +175,8 @@ LONG_WAY = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331
 @pytest.mark.parametrize("name", ["binomial", "multinomial", "regression"])
 async def test_the_fast_lane_and_the_application_give_the_same_answers(scorer: Scorer, models: dict[str, Trained], name: str) -> None:
     for row in models[name].rows[:50]:
-        path, asked = f"/v1/models/{name}:score", {"values": row}
+        path = f"/v1/models/{name}:score"
+        asked: dict[str, Any] = {"values": row}
         fast, full = [(await scorer.http.post(path, json=asked, headers=headers)).json() for headers in ({}, LONG_WAY)]
         assert {**fast, "prediction_id": "", "event_time": ""} == {**full, "prediction_id": "", "event_time": ""}
         assert UUID(fast["prediction_id"]).version == 7

@@ -116,7 +116,7 @@ def _write(db: duckdb.DuckDBPyConnection, query: str, label: Label, to: Path) ->
     rows = f"({query})"
     if label.type == "binary":  # an integer; one that is no label is written as 2, and told
         rows = f"(SELECT * REPLACE (CASE WHEN label IN (0, 1) THEN CAST(label AS INTEGER) ELSE 2 END AS label) FROM {rows})"
-    db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd)")
+    db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)")
     if label.type == "binary" and db.execute(f"SELECT 1 FROM '{to}' WHERE label = 2 LIMIT 1").fetchone():
         wrong, entity_id = db.execute(f"SELECT label, entity_id FROM ({query}) WHERE label NOT IN (0, 1) LIMIT 1").fetchall()[0]
         raise UnusableDefinition(f"a binary label is 0 or 1 (or false, true); that of '{entity_id}' is {wrong:g}")

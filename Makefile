@@ -60,7 +60,13 @@ demo: setup ## A year of flights through the whole mesh, in minutes; ends with r
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
+test-long: setup ## The long forms of tests: swaps, deaths and damage again and again, under 1,000 requests a second
+	$(BIN)/pytest -m long
+
+bench-scorer: setup ## How fast the scorer serves, beside other servers of the same model; writes docs/benchmarks.md
+	$(BIN)/python -m bench.scorer $(ARGS)
+
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format contracts demo test images
+.PHONY: help setup lock check format contracts demo test test-long bench-scorer images

@@ -9,17 +9,7 @@ import psutil
 import pytest
 
 from mojomesh_contracts.events import ScoreRequested
-from tests.scorer.making import Registry, Scorer, StartScorer, Trained, read_predictions, under_load
-
-
-async def all_serving(scorer: Scorer, n_workers: int) -> list[int]:
-    """Process ids of the workers, once there are so many and all listen."""
-    while True:
-        workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
-        if len(workers) == n_workers and all(worker["open"] for worker in workers):
-            assert all(worker["serving"] == {"delay": 1} for worker in workers)
-            return [worker["pid"] for worker in workers]
-        await asyncio.sleep(0.05)
+from tests.scorer.making import Registry, StartScorer, Trained, all_serving, read_predictions, under_load
 
 
 async def test_a_worker_killed_under_load_is_replaced_with_its_models_loaded(

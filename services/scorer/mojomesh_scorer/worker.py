@@ -5,6 +5,7 @@ It is started by the supervisor with its slot, its end of the control socket, th
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import sys
@@ -52,6 +53,23 @@ from mojomesh_scorer.settings import Settings
 LOOKUP_S = 5.0
 GRACE_S = 10
 KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
+MOST_CONNECTIONS = 512
+"""Up to so many open files, a killed worker stops listening before its first connection breaks."""
+
+
+@contextmanager
+def opened_above(n: int) -> Iterator[None]:
+    """Give what is opened meanwhile file numbers with `n` free ones below.
+
+    Linux closes the files of a killed process from the highest number down. A listener that goes after connections would take, and drop,
+    the clients that ask again because their connection just broke.
+    """
+    below = [os.open(os.devnull, os.O_RDONLY) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for file in below:
+            os.close(file)
 
 
 class Worker:
@@ -99,8 +117,9 @@ class Worker:
                 replica=self._settings.replica,
             )
         )
-        await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
-        await self._open.enter_async_context(serving_http(_app(self._settings, health, self._doors), self._settings.host, http))
+        with opened_above(MOST_CONNECTIONS):
+            await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
+            await self._open.enter_async_context(serving_http(_app(self._settings, health, self._doors), self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever.
         gc.collect()
         gc.freeze()

@@ -20,7 +20,7 @@ end
 
 local function right(body)
   local expected = scores[tonumber(body:match('"id"%s*:%s*"(%d+)"') or -1)]
-  local data = body:match('"data"%s*:%s*%[([^%]]*)%]')
+  local data = body:match('"score".-"data"%s*:%s*%[([^%]]*)%]')
   if not expected or not data then
     return false
   end

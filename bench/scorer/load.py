@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+from tritonclient.grpc import service_pb2_grpc as pb_grpc
+
+from bench.scorer.model import Known
 from bench.scorer.servers import Serving
 
 _HOW = {"wrk": "apt-get install wrk", "oha": "cargo install oha --locked", "ghz": "go install github.com/bojand/ghz/cmd/ghz@latest"}
@@ -144,6 +149,20 @@ def grpc_loop(serving: Serving, request: Path, seconds: float) -> Measured:
         spent["cpu_s"] / found["count"] * 1e6,
         spent["rss_mb"],
     )
+
+
+async def compare_grpc(serving: Serving, known: Known, seconds: float) -> tuple[int, int]:
+    """Ask for one row after the other; how many answers were compared with genmodel's score, and how many were another."""
+    checked = wrong = 0
+    give_up = time.monotonic() + seconds
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{serving.port}") as channel:
+        infer = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        while time.monotonic() < give_up:
+            place = checked % len(known.scores)
+            reply = await infer(known.grpc_request(place))
+            checked += 1
+            wrong += struct.unpack("<d", reply.raw_output_contents[0])[0] != known.scores[place]
+    return checked, wrong
 
 
 def _output_of(argv: list[str]) -> Any:

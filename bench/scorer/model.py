@@ -31,7 +31,7 @@ class Known:
         return self.trained.folder / "model.mojo.zip"
 
     def infer_request(self, number: int, rows: Sequence[Row]) -> bytes:
-        """A request of the Open Inference Protocol V2; its id is `number`."""
+        """A request of the Open Inference Protocol V2, its id `number`; of many rows it asks for the scores alone."""
         inputs = [
             {
                 "name": column.name,
@@ -41,7 +41,8 @@ class Known:
             }
             for column in self.trained.schema.columns
         ]
-        return json.dumps({"id": str(number), "inputs": inputs, "outputs": [{"name": "score"}]}, separators=(",", ":")).encode()
+        asked = {"id": str(number), "inputs": inputs} | ({"outputs": [{"name": "score"}]} if len(rows) > 1 else {})
+        return json.dumps(asked, separators=(",", ":")).encode()
 
     def requests(self, n_rows: int) -> list[tuple[bytes, list[float]]]:
         """Bodies of `n_rows` rows each, and their scores."""
@@ -60,15 +61,19 @@ class Known:
         file.write_text("\n".join(lines) + "\n")
         return file
 
-    def write_grpc_request(self, file: Path) -> Path:
-        """One row as the bytes of a ModelInferRequest."""
+    def grpc_request(self, place: int) -> pb.ModelInferRequest:
+        """A request for one row, the score wanted."""
         request = pb.ModelInferRequest(model_name=MODEL, outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name="score")])
         for column in self.trained.schema.columns:
-            value = self.trained.rows[0][column.name]
+            value = self.trained.rows[place][column.name]
             text = column.levels is not None
             contents = {"bytes_contents": [value.encode()]} if text else {"fp64_contents": [value]}
             request.inputs.add(name=column.name, datatype="BYTES" if text else "FP64", shape=[1], contents=contents)
-        file.write_bytes(request.SerializeToString())
+        return request
+
+    def write_grpc_request(self, file: Path) -> Path:
+        """The request for the first row, for ghz."""
+        file.write_bytes(self.grpc_request(0).SerializeToString())
         return file
 
 

@@ -183,6 +183,7 @@ class Mesh:
 @asynccontextmanager
 async def open_mesh(folder: Path, trained: Trained) -> AsyncIterator[Mesh]:
     """Everything but the scorer, the model promoted as version 1."""
+    folder.mkdir()
     port = ports.choose(2)
     kafka = Kafka(folder / "kafka", port, folder / "kafka.log")
     objects = folder / "objects"

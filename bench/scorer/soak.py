@@ -20,7 +20,7 @@ async def soak(known: Known, folder: Path, minutes: float) -> None:
     bodies.write_bytes(b"\n".join(body for body, _ in known.requests(1)) + b"\n")
     times: list[float] = []
     memory: list[list[float]] = []
-    async with open_mesh(folder, known.trained) as mesh, mesh.scorer("soaked") as (serving, scorer):
+    async with open_mesh(folder / "mesh", known.trained) as mesh, mesh.scorer("soaked") as (serving, scorer):
         started = time.monotonic()
         while time.monotonic() - started < minutes * 60:
             run = await asyncio.to_thread(open_loop, serving, bodies, RATE, PART_S)

@@ -51,7 +51,8 @@ async def test_without_the_supervisor_nobody_replaces_a_killed_worker(
     assert [worker.pid for worker in scorer.workers()] == [before[1]]
 
     supervisor.resume()
-    assert before[0] not in await all_serving(scorer, 2)
+    while before[0] in await all_serving(scorer, 2):  # until it has heard of the death
+        await asyncio.sleep(0.01)
 
 
 async def test_workers_die_with_a_killed_supervisor(start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]) -> None:
@@ -96,6 +97,19 @@ async def test_a_scorer_that_is_asked_to_stop_loses_no_receipt(
 
     ids = {answer["prediction_id"] for answer in answers}
     await read_predictions(kafka, ids)
+
+
+async def test_receipts_that_have_no_room_to_wait_are_dropped_and_counted(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
+) -> None:
+    trained = models["binomial"]
+    await registry.promote("delay", 1, await registry.store(trained, "delay"))
+    scorer = await start_scorer(SCORER_WORKERS="1", SCORER_RECEIPTS_WAITING="0")
+
+    for row in trained.rows[:20]:
+        await scorer.score("delay", row)
+
+    assert "mojomesh_scorer_receipts_dropped_total 20.0" in (await scorer.admin.get("/metrics")).text
 
 
 async def test_requests_on_kafka_go_on_when_a_worker_is_killed(

@@ -20,7 +20,7 @@ class Gbm:
         self._scoring = Model()
 
     @bentoml.api(route="/v2/models/gbm/infer")
-    async def infer(self, id: str, inputs: list[Tensor], outputs: list[dict[str, str]]) -> dict[str, Any]:
+    async def infer(self, id: str, inputs: list[Tensor], outputs: list[dict[str, str]] | None = None) -> dict[str, Any]:
         scores = self._scoring.score((tensor.name, tensor.data) for tensor in inputs)
         output = {"name": "score", "shape": [len(scores)], "datatype": "FP64", "data": scores}
         return {"id": id, "model_name": "gbm", "model_version": "1", "outputs": [output]}

@@ -24,7 +24,7 @@ class Tensor(BaseModel):
 class InferRequest(BaseModel):
     id: str
     inputs: list[Tensor]
-    outputs: list[dict[str, str]]
+    outputs: list[dict[str, str]] = []
 
 
 @app.post("/v2/models/gbm/infer")

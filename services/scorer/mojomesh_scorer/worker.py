@@ -6,6 +6,7 @@ It is started by the supervisor with its slot, its end of the control socket, th
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -41,6 +42,7 @@ from mojomesh_scorer.control import (
     obey,
 )
 from mojomesh_scorer.doors import Doors
+from mojomesh_scorer.fast_lane import Answer, FastLane
 from mojomesh_scorer.grpc_door import serving_grpc
 from mojomesh_scorer.lookups import FeatureLookup
 from mojomesh_scorer.models import Models
@@ -49,22 +51,24 @@ from mojomesh_scorer.parent import die_with
 from mojomesh_scorer.receipts import open_receipts
 from mojomesh_scorer.scoring import Scoring
 from mojomesh_scorer.settings import Settings
+from mojomesh_scorer.short_answers import ShortAnswers
 
 LOOKUP_S = 5.0
 GRACE_S = 10
+SWITCH_S = 0.001  # how long a thread with a large block may keep the event loop waiting for Python's lock; by default 5 ms
 KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
 MOST_CONNECTIONS = 512
-"""Up to so many open files, a killed worker stops listening before its first connection breaks."""
 
 
 @contextmanager
-def opened_above(n: int) -> Iterator[None]:
-    """Give what is opened meanwhile file numbers with `n` free ones below.
+def opened_above_connections() -> Iterator[None]:
+    """Give listeners that are opened meanwhile higher file numbers than most connections will have.
 
     Linux closes the files of a killed process from the highest number down. A listener that goes after connections would take, and drop,
     the clients that ask again because their connection just broke.
     """
-    below = [os.open(os.devnull, os.O_RDONLY) for _ in range(n)]
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    below = [os.open(os.devnull, os.O_RDONLY) for _ in range(min(MOST_CONNECTIONS, most_files // 2))]
     try:
         yield
     finally:
@@ -117,12 +121,15 @@ class Worker:
                 replica=self._settings.replica,
             )
         )
-        with opened_above(MOST_CONNECTIONS):
+        app = _app(self._settings, health, self._doors)
+        with opened_above_connections():
             await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
-            await self._open.enter_async_context(serving_http(_app(self._settings, health, self._doors), self._settings.host, http))
-        # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever.
+            await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
+        # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
+        # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         self._doors.ready = True
 
     async def close_doors(self) -> None:
@@ -148,7 +155,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
+async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> AsyncIterator[None]:
     """Serve on a port that other workers share; at the end requests in flight finish."""
     shared = socket.socket()
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -156,7 +163,7 @@ async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None
     shared.bind((host, port))
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=type("WorkerProtocol", (FastLane,), {"answer": staticmethod(answer)}),
         access_log=False,
         log_level="warning",
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -182,7 +189,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
     async with AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(open_publisher(settings))
         client = await stack.enter_async_context(asking(settings, LOOKUP_S))
-        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica))
+        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica, settings.receipts_waiting))
         scoring = Scoring(Models(), FeatureLookup(client, settings.features_url), settings.max_in_flight)
         worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher)
         stack.push_async_callback(worker.close_doors)
@@ -199,6 +206,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
 def main(slot: str, control: int, http: int, grpc: int, parent: int) -> None:
     """Be a worker."""
     die_with(parent)
+    sys.setswitchinterval(SWITCH_S)
     settings = read_settings(Settings)
     start_telemetry("scorer", settings)
     arm_faults(settings.fault)

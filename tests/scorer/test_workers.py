@@ -109,7 +109,8 @@ async def test_receipts_that_have_no_room_to_wait_are_dropped_and_counted(
     for row in trained.rows[:20]:
         await scorer.score("delay", row)
 
-    assert "mojomesh_scorer_receipts_dropped_total 20.0" in (await scorer.admin.get("/metrics")).text
+    metrics = (await scorer.admin.get("/metrics")).text.splitlines()
+    assert 'mojomesh_scorer_receipts_dropped_total{part="workers"} 20.0' in metrics
 
 
 async def test_requests_on_kafka_go_on_when_a_worker_is_killed(

@@ -27,7 +27,7 @@ from mojomesh_chassis.dead_letters import dead_letter
 from mojomesh_chassis.errors import PermanentError, Rejected, TransientError, faults_of
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
-from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.publishing import EncodedEvent, Publisher
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_chassis.telemetry import carried_trace, links, log, tracer
 from mojomesh_chassis.topics import require_topics
@@ -43,7 +43,7 @@ OUTAGES = (ConnectionError, TimeoutError, httpx.TransportError, redis.Connection
 """What libraries raise when a server does not answer: the event is not to blame, so its partition waits."""
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
-Handler = Callable[..., Awaitable[Sequence[Event] | None]]
+Handler = Callable[..., Awaitable[Sequence[Event | EncodedEvent] | None]]
 Delivery = tuple[ConsumerRecord, Event]
 Refusal = tuple[ConsumerRecord, Exception]
 

@@ -54,6 +54,12 @@ class Unauthorized(PermanentError):
     status = 401
 
 
+class TooLarge(PermanentError):
+    """A request brings more than is taken at once."""
+
+    status = 413
+
+
 class BadBundle(PermanentError):
     """A bundle that must not be used: tampered with, unsigned, malformed or dangerous."""
 

@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mojomesh_chassis.errors import MeshError, TransientError, Unauthorized
+from mojomesh_chassis.errors import MeshError, TooLarge, TransientError, Unauthorized
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_chassis.telemetry import carried_trace, log, tracer
@@ -64,6 +64,20 @@ async def require_token(request: Request, authorization: Annotated[str, Header()
 
 
 Protected = Depends(require_token)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        TooLarge: It has more than `max_bytes`; the rest is not read.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise TooLarge(f"a request may bring {max_bytes} bytes here; send it in several")
+    return bytes(body)
 
 
 def error_body(error: Exception) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,8 @@ import asyncio
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from uuid import UUID
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -23,6 +25,7 @@ from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_chassis.telemetry import trace_headers
 from mojomesh_contracts.events import Event
+from mojomesh_contracts.topics import Topic
 
 _PUBLISHED = Counter("mojomesh_events_published_total", "Events acknowledged by Kafka", ["topic"])
 
@@ -34,6 +37,16 @@ MAX_REQUEST_BYTES = 8 * 2**20  # above every topic's max_bytes: Kafka decides wh
 _BROKEN_FOR_GOOD = (OutOfOrderSequenceNumber, UnknownProducerId, InvalidProducerEpoch, ProducerFenced)
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedEvent:
+    """An event that its producer has written as JSON itself, where Pydantic would cost more than all else it does."""
+
+    topic: Topic
+    event_id: UUID
+    partition_key: str
+    value: bytes
+
+
 class Publisher:
     """Writes events to their topics."""
 
@@ -42,7 +55,7 @@ class Publisher:
         self._producer: AIOKafkaProducer | None = None
         self._opening = asyncio.Lock()
 
-    async def publish(self, events: Sequence[Event], headers: Mapping[str, str] | None = None) -> None:
+    async def publish(self, events: Sequence[Event | EncodedEvent], headers: Mapping[str, str] | None = None) -> None:
         """Publish `events`, in order within a key; returns when Kafka has acknowledged all of them.
 
         Raises:
@@ -143,8 +156,8 @@ def _partition_of(key: bytes | None, n_partitions: int) -> int:
     return 0 if key is None else (murmur2(key) & 0x7FFFFFFF) % n_partitions
 
 
-def _value(event: Event) -> bytes:
-    value = event.model_dump_json().encode()
+def _value(event: Event | EncodedEvent) -> bytes:
+    value = event.value if isinstance(event, EncodedEvent) else event.model_dump_json().encode()
     if len(value) > event.topic.max_bytes:
         raise PermanentError(f"event {event.event_id} is {len(value)} bytes; {event.topic.name} takes at most {event.topic.max_bytes}")
     return value

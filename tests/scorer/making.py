@@ -72,6 +72,15 @@ class Trained:
                 cells.append(None if value is None else float(value))
         return cells
 
+    def one_row_tensors(self, row: Row) -> list[dict[str, Any]]:
+        """The row as the inputs of a V2 request in JSON; what is missing is left out."""
+        kinds = {"category": "BYTES", "number": "FP64", "boolean": "BOOL"}
+        return [
+            {"name": column.name, "shape": [1], "datatype": kinds[column.type], "data": [row[column.name]]}
+            for column in self.schema.columns
+            if row[column.name] is not None
+        ]
+
 
 @dataclass(frozen=True)
 class Keys:

@@ -28,7 +28,7 @@ def test_a_level_becomes_its_place_and_a_boolean_0_or_1() -> None:
     encoded = ENCODER.encode_rows([{"carrier": "B6", "distance": 12, "holiday": True}])
 
     assert encoded.matrix.tolist() == [[1.0, 12.0, 1.0]]
-    assert not encoded.missing() and not encoded.unknown_levels
+    assert not encoded.unknown_levels
 
 
 def test_what_is_absent_none_or_unknown_is_nan_and_counted_apart() -> None:
@@ -36,7 +36,6 @@ def test_what_is_absent_none_or_unknown_is_nan_and_counted_apart() -> None:
 
     np.testing.assert_array_equal(encoded.matrix, [[NAN, NAN, NAN], [NAN, NAN, 0.0]])
     assert encoded.unknown_levels == {"carrier": 1}
-    assert encoded.missing() == {"carrier": 1, "distance": 2, "holiday": 1}
 
 
 @pytest.mark.parametrize(
@@ -79,13 +78,12 @@ def test_tensors_and_rows_are_encoded_alike() -> None:
 
     np.testing.assert_array_equal(by_tensor.matrix, by_row.matrix)
     assert by_tensor.unknown_levels == by_row.unknown_levels
-    assert by_tensor.missing() == by_row.missing()
 
 
 def test_nan_is_missing_whatever_the_column() -> None:
     encoded = ENCODER.encode_tensors([from_values("carrier", "FP64", [2], [NAN, NAN])], 2)
 
-    assert encoded.missing() == {"carrier": 2, "distance": 2, "holiday": 2}
+    assert np.isnan(encoded.matrix).all() and not encoded.unknown_levels
 
 
 def test_a_tensor_of_the_wrong_kind_is_refused() -> None:

@@ -31,7 +31,7 @@ BY_GENMODEL = [
 @dataclass(frozen=True)
 class Zoo:
     folder: Path
-    scored_by: dict[str, tuple[str, str | None]]
+    scored_by: dict[str, list[str | None]]
 
 
 def child(*arguments: object) -> str:

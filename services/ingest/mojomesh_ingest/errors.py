@@ -28,9 +28,3 @@ class EventsRefused(PermanentError):
     @property
     def details(self) -> dict[str, Any]:
         return {"events": [refusal.model_dump() for refusal in self.refusals]}
-
-
-class RequestTooLarge(PermanentError):
-    """More than one request may bring."""
-
-    status = 413

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import PermanentError, faults_of
+from mojomesh_chassis.errors import PermanentError, TooLarge, faults_of
+from mojomesh_chassis.http import read_body
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_contracts.events import EventReceived
 from mojomesh_contracts.validation import problem_of
-from mojomesh_ingest.errors import EventsRefused, Refusal, RequestTooLarge
+from mojomesh_ingest.errors import EventsRefused, Refusal
 
 MAX_EVENTS = 5_000
 MAX_BODY_BYTES = 16 * 2**20
@@ -37,7 +38,7 @@ async def receive_events(request: Request) -> Accepted:
     """Take in one event, or `{"events": [...]}`: all of them, or none and 422 with the reason for each that is wrong."""
     definitions: Definitions = request.state.definitions
     publisher: Publisher = request.state.publisher
-    sent = _sent(await _body(request))
+    sent = _sent(await read_body(request, MAX_BODY_BYTES))
     events, refusals = _parsed(sent)
     if any(event.feature_set not in definitions.feature_sets for event in events.values()):
         await definitions.caught_up()
@@ -51,15 +52,6 @@ async def receive_events(request: Request) -> Accepted:
     return Accepted(accepted=len(sent))
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestTooLarge(f"a request may bring {MAX_BODY_BYTES} bytes; send the events in several")
-    return bytes(body)
-
-
 def _sent(body: bytes) -> list[Any]:
     """The events of a request as they came."""
     try:
@@ -70,7 +62,7 @@ def _sent(body: bytes) -> list[Any]:
     if not isinstance(sent, list) or not sent:
         raise PermanentError("'events' must be a list of at least one event")
     if len(sent) > MAX_EVENTS:
-        raise RequestTooLarge(f"a request may bring {MAX_EVENTS} events, this one has {len(sent)}; send them in several")
+        raise TooLarge(f"a request may bring {MAX_EVENTS} events, this one has {len(sent)}; send them in several")
     return sent
 
 

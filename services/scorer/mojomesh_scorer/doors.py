@@ -7,6 +7,10 @@ from fastapi import Request
 from mojomesh_scorer.receipts import Receipts
 from mojomesh_scorer.scoring import Scored, Scoring
 
+MAX_JSON_BYTES = 2**20
+MAX_BINARY_BYTES = 64 * 2**20
+"""Most bytes of a request in JSON, and in binary tensors; a row of a hundred numbers has some 2,000 and 800."""
+
 
 @dataclass
 class Doors:

@@ -23,16 +23,11 @@ class Encoded:
     branch, as `hex.genmodel.easy.EasyPredictModelWrapper` does when told to convert unknown levels.
     """
 
-    def __init__(self, n_rows: int, columns: list[Column]) -> None:
-        self.matrix: Matrix = np.full((n_rows, len(columns)), NAN)
-        self.unknown_levels: dict[str, int] = {}
-        self._columns = columns
+    __slots__ = ("matrix", "unknown_levels")
 
-    def missing(self) -> dict[str, int]:
-        """Cells without a value, by column; columns that have none are left out. Unknown levels are not missing."""
-        n_nan = np.isnan(self.matrix).sum(axis=0).tolist()
-        missing = {column.name: n - self.unknown_levels.get(column.name, 0) for column, n in zip(self._columns, n_nan, strict=True) if n}
-        return {name: n for name, n in missing.items() if n}
+    def __init__(self, matrix: Matrix, unknown_levels: dict[str, int]) -> None:
+        self.matrix = matrix
+        self.unknown_levels = unknown_levels
 
 
 class Encoder:
@@ -40,8 +35,33 @@ class Encoder:
 
     def __init__(self, schema: BundleSchema) -> None:
         self._columns = schema.columns
-        self._places = {column.name: place for place, column in enumerate(schema.columns)}
-        self._levels = [{level: float(number) for number, level in enumerate(column.levels or ())} for column in schema.columns]
+        self.places = {column.name: place for place, column in enumerate(schema.columns)}
+        self.levels = [
+            {level: float(number) for number, level in enumerate(column.levels or ())} if column.type == "category" else None
+            for column in schema.columns
+        ]
+        """By place: the number of each level, None for a column that is no category."""
+        self.blank = [NAN] * len(schema.columns)
+
+    def encode_row(self, row: Mapping[str, FeatureValue], unknown: dict[str, int]) -> list[float]:
+        """Encode one row as `encode_rows` does; adds to the tally of unknown levels.
+
+        Raises:
+            SchemaMismatch: A value is not of its column's type.
+        """
+        cells = self.blank.copy()
+        for name, value in row.items():
+            place = self.places.get(name)
+            if place is None or value is None:
+                continue
+            levels = self.levels[place]
+            if levels is None:
+                cells[place] = self._number(self._columns[place], value)
+            elif isinstance(value, str):
+                cells[place] = levels[value] if value in levels else self._unknown(name, unknown)
+            else:
+                raise SchemaMismatch(f"column '{name}' must be a text (category), is {value!r}")
+        return cells
 
     def check_rows(self, rows: Sequence[Mapping[str, FeatureValue]]) -> None:
         """Refuse rows with a column that the model does not have.
@@ -49,12 +69,12 @@ class Encoder:
         Raises:
             RowsRefused: Some do.
         """
-        if reasons := _reasons(rows, self._check_names):
-            raise RowsRefused(reasons, len(rows))
+        if any(not row.keys() <= self.places.keys() for row in rows):
+            raise RowsRefused(_reasons(rows, self._check_names), len(rows))
 
     def _check_names(self, names: Mapping[str, object]) -> None:
-        if unknown := [name for name in names if name not in self._places]:
-            raise SchemaMismatch(f"the model has no column {', '.join(map(repr, unknown))}; its columns are {', '.join(self._places)}")
+        if unknown := [name for name in names if name not in self.places]:
+            raise SchemaMismatch(f"the model has no column {', '.join(map(repr, unknown))}; its columns are {', '.join(self.places)}")
 
     def encode_rows(self, rows: Sequence[Mapping[str, FeatureValue]]) -> Encoded:
         """Encode rows by column name; an absent column or None is missing, names that the model does not have are passed over.
@@ -62,20 +82,12 @@ class Encoder:
         Raises:
             RowsRefused: A value is not of its column's type.
         """
+        unknown: dict[str, int] = {}
         try:
-            return self._encode_rows(rows)
+            cells = [self.encode_row(row, unknown) for row in rows]
         except SchemaMismatch:
-            raise RowsRefused(_reasons(rows, lambda row: self._encode_rows([row])), len(rows)) from None
-
-    def _encode_rows(self, rows: Sequence[Mapping[str, FeatureValue]]) -> Encoded:
-        encoded = Encoded(len(rows), self._columns)
-        for place, column in enumerate(self._columns):
-            name = column.name
-            for number, row in enumerate(rows):
-                value = row.get(name)
-                if value is not None:
-                    encoded.matrix[number, place] = self._cell(encoded, place, value)
-        return encoded
+            raise RowsRefused(_reasons(rows, lambda row: self.encode_row(row, {})), len(rows)) from None
+        return Encoded(np.array(cells, dtype=np.float64).reshape(len(rows), len(self.blank)), unknown)
 
     def encode_tensors(self, tensors: Sequence[Tensor], n_rows: int) -> Encoded:
         """Encode one tensor a column, each of `n_rows` elements; an absent one is missing in every row.
@@ -89,43 +101,37 @@ class Encoder:
         if len(by_name) < len(tensors):
             raise SchemaMismatch("an input tensor comes twice")
         self._check_names(by_name)
-        encoded = Encoded(n_rows, self._columns)
+        unknown: dict[str, int] = {}
+        matrix: Matrix = np.full((n_rows, len(self.blank)), NAN)
         for name, tensor in by_name.items():
-            place = self._places[name]
-            column = self._columns[place]
-            if column.type == "category" and not isinstance(tensor.data, list) and np.isnan(tensor.data).all():
+            place = self.places[name]
+            levels = self.levels[place]
+            if levels is not None and not isinstance(tensor.data, list) and np.isnan(tensor.data).all():
                 continue  # what a client sends for a missing value whose type it does not know
-            if (column.type == "category") != (tensor.datatype == "BYTES"):
-                wanted = "BYTES" if column.type == "category" else "a numeric datatype"
-                raise SchemaMismatch(f"column '{name}' is a {column.type}: send it as {wanted}, not {tensor.datatype}")
-            if isinstance(tensor.data, list):
-                encoded.matrix[:, place] = [self._level(encoded, place, text) if text else NAN for text in tensor.data]
+            if (levels is not None) != (tensor.datatype == "BYTES"):
+                wanted = "BYTES" if levels is not None else "a numeric datatype"
+                raise SchemaMismatch(f"column '{name}' is a {self._columns[place].type}: send it as {wanted}, not {tensor.datatype}")
+            if levels is not None:
+                matrix[:, place] = [
+                    levels[text] if text in levels else self._unknown(name, unknown) if text else NAN for text in tensor.data
+                ]
             else:
-                encoded.matrix[:, place] = tensor.data
-                if np.isinf(encoded.matrix[:, place]).any():
+                matrix[:, place] = tensor.data
+                if np.isinf(matrix[:, place]).any():
                     raise SchemaMismatch(f"column '{name}' must be finite; a missing value is NaN")
-        return encoded
+        return Encoded(matrix, unknown)
 
-    def _cell(self, encoded: Encoded, place: int, value: FeatureValue) -> float:
-        column = self._columns[place]
-        if column.type == "category":
-            if isinstance(value, str):
-                return self._level(encoded, place, value)
-            raise SchemaMismatch(f"column '{column.name}' must be a text (category), is {value!r}")
+    def _number(self, column: Column, value: FeatureValue) -> float:
         if column.type == "boolean":
             if isinstance(value, bool):
                 return float(value)
             raise SchemaMismatch(f"column '{column.name}' must be true or false, is {value!r}")
-        if isinstance(value, bool | str) or value is None or abs(value) > MAX:
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX:
             raise SchemaMismatch(f"column '{column.name}' must be a finite number, is {value!r}")
         return float(value)
 
-    def _level(self, encoded: Encoded, place: int, text: str) -> float:
-        number = self._levels[place].get(text)
-        if number is not None:
-            return number
-        name = self._columns[place].name
-        encoded.unknown_levels[name] = encoded.unknown_levels.get(name, 0) + 1
+    def _unknown(self, name: str, unknown: dict[str, int]) -> float:
+        unknown[name] = unknown.get(name, 0) + 1
         return NAN
 
 

@@ -30,12 +30,6 @@ class BadTensor(PermanentError):
     status = 400
 
 
-class TooManyRows(PermanentError):
-    """More rows than one request may hold."""
-
-    status = 413
-
-
 class NotServed(NotFound):
     """No version of the model is served here, or not the one that was asked for."""
 

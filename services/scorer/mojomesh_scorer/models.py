@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class LoadedModel:
             return encoded, self._mojo.score(encoded.matrix)
         return await asyncio.to_thread(self._score_aside, encode)
 
+    def score_row(self, row: Sequence[float]) -> list[float]:
+        """Score one encoded row, on the event loop."""
+        return self._mojo.score_row(row)
+
     def _score_aside(self, encode: Callable[[Encoder], Encoded]) -> tuple[Encoded, Matrix]:
         encoded = encode(self.encoder)
         with self._turn:
@@ -97,6 +101,10 @@ class Models:
         if version is not None and version != model.version:
             raise NotServed(f"version {version} of model '{name}' is not served; version {model.version} is")
         return model
+
+    def serving_now(self, name: str) -> LoadedModel | None:
+        """The version of the model that serves, if any."""
+        return self._serving.get(name)
 
     async def stage(self, name: str, version: int, digest: str, folder: Path) -> LoadedModel:
         """Load a version beside the one that serves; the one before, still warm, is taken as it is.

@@ -1,6 +1,8 @@
 """One MOJO in this process's JVM. Imported by workers and the probe only: never by the supervisor, which has no JVM."""
 
-from functools import cache
+import struct
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,8 @@ class Mojo:
         self._score = self._scorer.score
         self.not_flat_because = self._unpack(check[:BLOCK_ROWS])
         self.scored_by: ScoredBy = "genmodel" if self.not_flat_because else "flat_trees"
+        self._write_row = partial(struct.Struct(f"{self.n_columns}d").pack_into, rows, 0)
+        self._read_scores = partial(struct.Struct(f"{self.n_scores}d").unpack_from, scores)
 
     def _check(self, schema: BundleSchema) -> None:
         columns = [str(name) for name in self._scorer.columns()]
@@ -108,6 +112,12 @@ class Mojo:
             self._score(len(part))
             scores[start : start + len(part)] = self._scores[: len(part)]
         return scores
+
+    def score_row(self, row: Sequence[float]) -> list[float]:
+        """The same for one row, at a fifth of what numpy costs."""
+        self._write_row(*row)
+        self._score(1)
+        return list(self._read_scores())
 
 
 def _texts(array: Any) -> list[str] | None:

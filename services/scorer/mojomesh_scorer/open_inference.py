@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mojomesh_scorer.errors import BadTensor
 from mojomesh_scorer.models import LoadedModel
-from mojomesh_scorer.scoring import Scored
+from mojomesh_scorer.scoring import Scored, score_of
 from mojomesh_scorer.tensors import Tensor, check_shape
 
 SERVER = "mojomesh-scorer"
@@ -54,17 +55,26 @@ def answer(scored: Scored, wanted: Sequence[str]) -> list[Tensor]:
     Raises:
         BadTensor: One is named that the model does not have.
     """
-    n_rows, n_scores = scored.scores.shape
-    score = np.ascontiguousarray(scored.scores[:, -1]) if n_scores <= 2 else scored.scores.max(axis=1)
-    outputs = {
-        "score": Tensor("score", "FP64", [n_rows], score),
-        "probabilities": Tensor("probabilities", "FP64", [n_rows, n_scores], scored.scores),
-        "prediction_id": Tensor("prediction_id", "BYTES", [n_rows], [str(prediction_id) for prediction_id in scored.prediction_ids]),
-    }
-    names = [spec.name for spec in outputs_of(scored.model)]
+    specs = outputs_of(scored.model)
+    names = [spec.name for spec in specs]
     if unknown := [name for name in wanted if name not in names]:
         raise BadTensor(f"model '{scored.model.name}' has no output {unknown[0]!r}; it has {', '.join(names)}")
-    return [outputs[name] for name in wanted or names]
+    values = values_of(scored)
+    return [_tensor(spec, values[spec.name], len(scored.scores)) for name in wanted or names for spec in specs if spec.name == name]
+
+
+def values_of(scored: Scored) -> dict[str, list[Any]]:
+    """The elements of every output, by its name; rows of several elements are lists in the list."""
+    return {
+        "score": [score_of(scores) for scores in scored.scores],
+        "probabilities": scored.scores,
+        "prediction_id": scored.prediction_ids,
+    }
+
+
+def _tensor(spec: TensorSpec, values: list[Any], n_rows: int) -> Tensor:
+    data = values if spec.datatype == "BYTES" else np.array(values)
+    return Tensor(spec.name, spec.datatype, [n_rows, *spec.shape[1:]], data)
 
 
 def version_asked(text: str) -> int | None:

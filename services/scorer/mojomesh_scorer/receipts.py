@@ -1,18 +1,20 @@
 """Receipts of predictions, written to Kafka off the hot path."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
-from uuid import uuid5
+from uuid import NAMESPACE_OID, uuid5
 
+import orjson
 from opentelemetry import trace
 from prometheus_client import Counter
 
 from mojomesh_chassis.errors import PermanentError, TransientError
-from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.publishing import EncodedEvent, Publisher
 from mojomesh_chassis.telemetry import links, log, tracer
-from mojomesh_contracts.events import Prediction, PredictionsMade
-from mojomesh_scorer.scoring import Scored
+from mojomesh_contracts.events import PredictionsMade
+from mojomesh_scorer.models import LoadedModel
+from mojomesh_scorer.scoring import NO_ROW, Scored
 
 BLOCK_S = 0.05  # a killed worker loses at most these receipts, and those that are on their way: 100 ms
 BLOCK_CELLS, BLOCK_ROWS = 20_000, 1_000  # most of a record; keeps it well under what the topic takes
@@ -23,38 +25,43 @@ CLOSE_S = 5.0
 _DROPPED = Counter("mojomesh_scorer_receipts_dropped_total", "Predictions whose receipts were dropped because Kafka did not take them")
 
 
-def blocks_of(scored: Sequence[Scored], replica: str) -> Iterator[PredictionsMade]:
-    """The predictions as events, a block of one model version each; the id of a block follows from the ids in it."""
+def blocks_of(scored: Iterable[Scored], replica: str) -> Iterator[EncodedEvent]:
+    """The predictions as `PredictionsMade` events, as few as their size allows, each of one model version.
+
+    A block's id follows from the ids in it. Written without a model an element, which would cost more than the prediction.
+    """
+    by_model: dict[LoadedModel, list[dict[str, object]]] = {}
     for one in scored:
-        predictions = _predictions(one)
-        size = max(1, min(BLOCK_ROWS, BLOCK_CELLS // one.inputs.shape[1]))
+        by_model.setdefault(one.model, []).extend(_predictions(one))
+    for model, predictions in by_model.items():
+        size = max(1, min(BLOCK_ROWS, BLOCK_CELLS // len(model.schema.columns)))
         for start in range(0, len(predictions), size):
-            block = predictions[start : start + size]
-            yield PredictionsMade.model_construct(
-                event_id=uuid5(block[0].prediction_id, "".join(prediction.prediction_id.hex for prediction in block)),
-                model=one.model.name,
-                version=one.model.version,
-                bundle_digest=one.model.digest,
-                replica=replica,
-                predictions=block,
-            )
+            yield _block(model, predictions[start : start + size], replica)
 
 
-def _predictions(scored: Scored) -> list[Prediction]:
-    cells, scores = scored.inputs.tolist(), scored.scores.tolist()
-    return [
-        Prediction.model_construct(  # nothing to validate: all of it was made here
-            prediction_id=scored.prediction_ids[n],
-            entity_id=row.entity_id,
-            event_time=row.event_time or scored.made_at,
-            made_at=scored.made_at,
-            inputs=[None if cell != cell else cell for cell in cells[n]],
-            scores=scores[n],
-            rows=found.used if found else [],
-            request_id=row.request_id,
-        )
-        for n, (row, found) in enumerate(zip(scored.rows, scored.found, strict=True))
-    ]
+def _block(model: LoadedModel, predictions: list[dict[str, object]], replica: str) -> EncodedEvent:
+    event_id = uuid5(NAMESPACE_OID, "".join(str(prediction["prediction_id"]) for prediction in predictions))
+    event = PredictionsMade.model_construct(
+        event_id=event_id, model=model.name, version=model.version, bundle_digest=model.digest, replica=replica, predictions=[]
+    )
+    return EncodedEvent(event.topic, event_id, event.partition_key, orjson.dumps({**event.__dict__, "predictions": predictions}))
+
+
+def _predictions(scored: Scored) -> Iterator[dict[str, object]]:
+    made_at = scored.made_at
+    for n, (prediction_id, inputs, scores) in enumerate(zip(scored.prediction_ids, scored.inputs, scored.scores, strict=True)):
+        row = scored.rows[n] if scored.rows else NO_ROW
+        found = scored.found[n] if scored.found else None
+        yield {
+            "prediction_id": prediction_id,
+            "entity_id": row.entity_id,
+            "event_time": row.event_time or made_at,
+            "made_at": made_at,
+            "inputs": inputs,  # a missing value is NaN here, and null in JSON
+            "scores": scores,
+            "rows": [used.__dict__ for used in found.used] if found else [],
+            "request_id": row.request_id,
+        }
 
 
 _Kept = tuple[Scored, trace.SpanContext]
@@ -73,10 +80,10 @@ class Receipts:
 
     def add(self, scored: Scored) -> None:
         """Keep the receipts for the next block, or drop them when too many wait."""
-        if self._n_waiting + len(scored.rows) > MAX_WAITING:
-            _DROPPED.inc(len(scored.rows))
+        if self._n_waiting + len(scored.scores) > MAX_WAITING:
+            _DROPPED.inc(len(scored.scores))
             return
-        self._n_waiting += len(scored.rows)
+        self._n_waiting += len(scored.scores)
         self._waiting.append((scored, trace.get_current_span().get_span_context()))
         self._any.set()
 
@@ -121,8 +128,8 @@ class Receipts:
                 continue
             except PermanentError as error:
                 log.error("receipts_dropped", reason=str(error))
-                _DROPPED.inc(sum(len(scored.rows) for scored, _ in self._leaving))
-            self._n_waiting -= sum(len(scored.rows) for scored, _ in self._leaving)
+                _DROPPED.inc(sum(len(scored.scores) for scored, _ in self._leaving))
+            self._n_waiting -= sum(len(scored.scores) for scored, _ in self._leaving)
             self._leaving = []
 
 

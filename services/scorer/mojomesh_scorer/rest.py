@@ -1,5 +1,6 @@
 """The Open Inference Protocol V2 over REST, with its binary tensor data extension."""
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
@@ -10,10 +11,13 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mojomesh_chassis.errors import MeshError, TransientError
-from mojomesh_scorer.doors import Doors, doors_of
+from mojomesh_chassis.http import read_body
+from mojomesh_scorer.doors import MAX_BINARY_BYTES, MAX_JSON_BYTES, Doors, doors_of
 from mojomesh_scorer.errors import BadTensor, NotServed
 from mojomesh_scorer.open_inference import EXTENSIONS, PLATFORM, SERVER, TensorSpec, answer, inputs_of, n_rows_of, outputs_of, version_asked
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
+
+LARGE_BYTES = 64 * 1024  # a body that is read in a thread, so that nobody waits behind it
 
 HEADER_LENGTH = "inference-header-content-length"
 """Where the JSON ends and the binary tensors begin."""
@@ -106,7 +110,9 @@ async def model_ready(doors: OpenDoors, model: str, version: str = "") -> Respon
 async def model_infer(request: Request, doors: OpenDoors, model: str, version: str = "", durable: bool = False) -> Response:
     """Score one tensor a column, each of shape [n] or [n, 1]."""
     with doors.scoring.admitted():
-        asked, tensors = _parse(await request.body(), request.headers.get(HEADER_LENGTH))
+        header_length = request.headers.get(HEADER_LENGTH)
+        body = await read_body(request, MAX_JSON_BYTES if header_length is None else MAX_BINARY_BYTES)
+        asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
         scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version))
         outputs = answer(scored, [output.name for output in asked.outputs])
         await doors.keep_receipt(scored, durable)
@@ -156,19 +162,30 @@ def _loads(text: bytes) -> object:
 
 
 def _format(head: dict[str, object], outputs: Sequence[Tensor], binary: Sequence[bool]) -> Response:
-    described, content = [], []
+    shown: list[dict[str, object]] = []
+    content: list[bytes] = []
     for output, as_bytes in zip(outputs, binary, strict=True):
-        shown: dict[str, object] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
         if as_bytes:
             content.append(to_bytes(output))
-            shown["parameters"] = {"binary_data_size": len(content[-1])}
+            size = {"binary_data_size": len(content[-1])}
+            shown.append({"name": output.name, "datatype": output.datatype, "shape": output.shape, "parameters": size})
         else:
-            shown["data"] = output.data if isinstance(output.data, list) else output.data.ravel().tolist()
-        described.append(shown)
-    text = orjson.dumps({**head, "outputs": described})
+            shown.append(described(output))
+    text = dumps({**head, "outputs": shown})
     if not content:
         return Response(text, media_type="application/json")
     return Response(b"".join([text, *content]), headers={HEADER_LENGTH: str(len(text))}, media_type="application/octet-stream")
+
+
+def described(output: Tensor) -> dict[str, object]:
+    """An output with its elements, to be written by `dumps`."""
+    data = output.data if isinstance(output.data, list) else output.data.ravel()
+    return {"name": output.name, "datatype": output.datatype, "shape": output.shape, "data": data}
+
+
+def dumps(content: object) -> bytes:
+    """As JSON; arrays are written as they lie in memory."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _specs(specs: Sequence[TensorSpec]) -> list[dict[str, object]]:
@@ -176,4 +193,4 @@ def _specs(specs: Sequence[TensorSpec]) -> list[dict[str, object]]:
 
 
 def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+    return Response(dumps(content), status, headers, media_type="application/json")

@@ -1,14 +1,17 @@
 """The native door: predictions by values or by entity, in JSON that reads well."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Query, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from mojomesh_chassis.http import read_body
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.doors import Doors, doors_of
-from mojomesh_scorer.scoring import MAX_ROWS, Row, Scored
+from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of
+from mojomesh_scorer.scoring import MAX_ROWS, NO_ROW, Row, Scored, score_of
 
 router = APIRouter(prefix="/v1/models", tags=["scoring"])
 OpenDoors = Annotated[Doors, Depends(doors_of)]
@@ -38,7 +41,9 @@ class RowAsked(BaseModel):
 class ScoreAsked(RowAsked):
     """One row, or `rows`."""
 
-    rows: list[RowAsked] | None = Field(default=None, min_length=1, max_length=MAX_ROWS)
+    rows: Annotated[list[RowAsked] | None, WithJsonSchema({"type": "array", "items": RowAsked.model_json_schema()})] = Field(
+        default=None, min_length=1, max_length=MAX_ROWS
+    )
 
     @model_validator(mode="after")
     def _one_or_many(self) -> "ScoreAsked":
@@ -64,11 +69,15 @@ async def models(doors: OpenDoors) -> list[dict[str, Any]]:
     ]
 
 
-@router.post("/{model}:score")
+# Read by hand, since FastAPI takes a body of any size, and its way through `json` costs more than the scoring.
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": ScoreAsked.model_json_schema()}}}}
+
+
+@router.post("/{model}:score", openapi_extra=_BODY)
 async def score(
     doors: OpenDoors,
     model: str,
-    asked: ScoreAsked,
+    request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
 ) -> Response:
     """Predict for one row, or for many: then the predictions come in a list, in the order of the rows.
@@ -76,25 +85,38 @@ async def score(
     `score` is the second class's probability of two classes, the likeliest class's of more, or the predicted number.
     """
     with doors.scoring.admitted():
+        asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
         scored = await doors.scoring.score_rows(model, rows)
         await doors.keep_receipt(scored, durable)
-    head = {"model": model, "version": scored.model.version, "bundle_digest": scored.model.digest}
-    predictions = _shown(scored)
-    content = {**head, **predictions[0]} if asked.rows is None else {**head, "predictions": predictions}
-    return Response(orjson.dumps(content), media_type="application/json")
+    predictions = shown(scored)
+    content = next(predictions) if asked.rows is None else {"predictions": list(predictions)}
+    return Response(orjson.dumps({**head(scored), **content}), media_type="application/json")
 
 
-def _shown(scored: Scored) -> list[dict[str, Any]]:
+def _asked(body: bytes) -> ScoreAsked:
+    try:
+        return ScoreAsked.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+def head(scored: Scored) -> dict[str, Any]:
+    """What an answer says of the model that gave it."""
+    return {"model": scored.model.name, "version": scored.model.version, "bundle_digest": scored.model.digest}
+
+
+def shown(scored: Scored) -> Iterator[dict[str, Any]]:
+    """What an answer says of each prediction."""
     classes = scored.model.schema.classes
-    return [
-        {
+    for n, (prediction_id, scores) in enumerate(zip(scored.prediction_ids, scored.scores, strict=True)):
+        row = scored.rows[n] if scored.rows else NO_ROW
+        found = scored.found[n] if scored.found else None
+        yield {
             "prediction_id": prediction_id,
             "entity_id": row.entity_id,
             "event_time": row.event_time or scored.made_at,
-            "score": scores[-1] if len(scores) <= 2 else max(scores),
+            "score": score_of(scores),
             "scores": dict(zip(classes, scores, strict=True)) if classes else None,
             "feature_age_ms": found.ages_ms if found else {},
         }
-        for prediction_id, row, scores, found in zip(scored.prediction_ids, scored.rows, scored.scores.tolist(), scored.found, strict=True)
-    ]

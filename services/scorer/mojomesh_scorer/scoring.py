@@ -1,5 +1,6 @@
 """The one way from a request to its predictions, under HTTP, gRPC and Kafka alike."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,21 +9,19 @@ from uuid import UUID
 
 from prometheus_client import Counter
 
-from mojomesh_chassis.errors import Busy, PermanentError
+from mojomesh_chassis.errors import Busy, PermanentError, TooLarge
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.encoding import Encoded, Encoder, Matrix
-from mojomesh_scorer.errors import TooManyRows, UnknownEntity
-from mojomesh_scorer.identity import new_prediction_ids
+from mojomesh_scorer.encoding import Encoded, Encoder
+from mojomesh_scorer.errors import UnknownEntity
+from mojomesh_scorer.identity import PredictionIds
 from mojomesh_scorer.lookups import EntityAt, FeatureLookup, Found
 from mojomesh_scorer.models import LoadedModel, Models
+from mojomesh_scorer.tallies import Tallies
 from mojomesh_scorer.tensors import Tensor
 
 MAX_ROWS = 10_000
 """Most rows of one request."""
 
-_PREDICTIONS = Counter("mojomesh_scorer_predictions_total", "Predictions made", ["model", "version"])
-_MISSING = Counter("mojomesh_scorer_missing_values_total", "Inputs that came without a value", ["model", "column"])
-_UNKNOWN = Counter("mojomesh_scorer_unknown_levels_total", "Inputs with a level that training never saw", ["model", "column"])
 _REFUSED = Counter("mojomesh_scorer_refused_total", "Requests refused because too many were in flight")
 _FAILED = Counter("mojomesh_scorer_failed_total", "Requests that failed, refusals and faults of the client left out")
 
@@ -38,17 +37,26 @@ class Row:
     request_id: UUID | None = None
 
 
+NO_ROW = Row()
+"""Of which nothing is known but its values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A block of predictions of exactly one model version."""
 
     model: LoadedModel
-    inputs: Matrix
-    scores: Matrix
-    rows: Sequence[Row]
-    found: Sequence[Found | None]
-    prediction_ids: list[UUID]
+    inputs: list[list[float]]  # encoded rows in the order of the schema's columns; NaN is missing
+    scores: list[list[float]]  # class probabilities in the order of the schema's classes, or one number
+    rows: Sequence[Row] | None  # None when all came as tensors: nothing is known but their values
+    found: Sequence[Found | None] | None  # what was looked up, by row
+    prediction_ids: list[str]
     made_at: datetime
+
+
+def score_of(scores: Sequence[float]) -> float:
+    """The one number that people ask for: the second class's probability of two, the likeliest class's of more, or the predicted number."""
+    return scores[-1] if len(scores) <= 2 else max(scores)
 
 
 class Scoring:
@@ -56,6 +64,8 @@ class Scoring:
 
     def __init__(self, models: Models, lookup: FeatureLookup, max_in_flight: int) -> None:
         self.models = models
+        self.tallies = Tallies()
+        self._ids = PredictionIds()
         self.failed_requests = 0
         self._lookup = lookup
         self._max_in_flight = max_in_flight
@@ -72,8 +82,10 @@ class Scoring:
             _REFUSED.inc()
             raise Busy(f"{self._in_flight} requests are in flight in this worker; try again in a second")
         self._in_flight += 1
+        began = time.perf_counter()
         try:
             yield
+            self.tallies.note_request(time.perf_counter() - began)
         except PermanentError:
             raise
         except Exception:
@@ -104,7 +116,7 @@ class Scoring:
             encoder.check_rows([row.values or {} for row in rows])  # what features sends may be more than this version takes
             return encoder.encode_rows([vector.values if vector else row.values or {} for row, vector in zip(rows, found, strict=True)])
 
-        return await self._score(name, version, rows, found, now, encode)
+        return await self._score(name, version, len(rows), encode, now, rows, found)
 
     async def score_tensors(self, name: str, tensors: Sequence[Tensor], n_rows: int, version: int | None = None) -> Scored:
         """Score one tensor a column.
@@ -113,31 +125,31 @@ class Scoring:
             NotServed: The model, or this version of it, is not served.
             SchemaMismatch: The tensors do not fit the model.
         """
-        nothing: list[Found | None] = [None] * n_rows
-        now = datetime.now(UTC)
-        return await self._score(name, version, [_NO_ROW] * n_rows, nothing, now, lambda encoder: encoder.encode_tensors(tensors, n_rows))
+        return await self._score(name, version, n_rows, lambda encoder: encoder.encode_tensors(tensors, n_rows), datetime.now(UTC))
+
+    def score_row(self, model: LoadedModel, row: list[float], unknown: Mapping[str, int]) -> Scored:
+        """Score one row that is encoded already, now."""
+        scores = model.score_row(row)
+        self.tallies.note_row(model, row, unknown)
+        return Scored(model, [row], [scores], None, None, self._ids.take(1), datetime.now(UTC))
 
     async def _score(
         self,
         name: str,
         version: int | None,
-        rows: Sequence[Row],
-        found: Sequence[Found | None],
-        now: datetime,
+        n_rows: int,
         encode: Callable[[Encoder], Encoded],
+        now: datetime,
+        rows: Sequence[Row] | None = None,
+        found: Sequence[Found | None] | None = None,
     ) -> Scored:
-        if len(rows) > MAX_ROWS:
-            raise TooManyRows(f"{len(rows)} rows; at most {MAX_ROWS} a request")
+        if n_rows > MAX_ROWS:
+            raise TooLarge(f"{n_rows} rows; at most {MAX_ROWS} a request")
         model = self.models.find(name, version)
         with model.leased():
-            encoded, scores = await model.score(len(rows), encode)
-        _PREDICTIONS.labels(name, model.version).inc(len(rows))
-        for counter, tally in ((_MISSING, encoded.missing()), (_UNKNOWN, encoded.unknown_levels)):
-            for column, n in tally.items():
-                counter.labels(name, column).inc(n)
-        new_ids = new_prediction_ids(len(rows))
-        ids = [row.prediction_id or new for row, new in zip(rows, new_ids, strict=True)]
-        return Scored(model, encoded.matrix, scores, rows, found, ids, now)
-
-
-_NO_ROW = Row()
+            encoded, scores = await model.score(n_rows, encode)
+        self.tallies.note_block(model, encoded.matrix, encoded.unknown_levels)
+        ids = self._ids.take(n_rows)
+        if rows is not None:
+            ids = [str(row.prediction_id) if row.prediction_id else new for row, new in zip(rows, ids, strict=True)]
+        return Scored(model, encoded.matrix.tolist(), scores.tolist(), rows, found, ids, now)

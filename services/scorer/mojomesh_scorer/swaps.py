@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from mojomesh_contracts.events import ModelDeployed, ModelPromoted, SwapPhase
 from mojomesh_scorer.control import Loaded
 from mojomesh_scorer.errors import WorkerLost
 from mojomesh_scorer.golden import check_golden, golden_rows
-from mojomesh_scorer.identity import new_prediction_ids
 from mojomesh_scorer.pool import Pool, Served
 from mojomesh_scorer.probing import score_in_probe
 from mojomesh_scorer.settings import Settings
@@ -155,7 +155,7 @@ class Swaps:
 
     def _certificate(self, swap: _Swap, *, reason: str | None, in_flight: int, drained: bool, failed_requests: int) -> ModelDeployed:
         return ModelDeployed(
-            event_id=new_prediction_ids(1)[0],  # each attempt is a fact of its own
+            event_id=uuid4(),  # each attempt is a fact of its own
             model=swap.model,
             version=swap.version,
             previous_version=swap.previous.version if swap.previous else None,

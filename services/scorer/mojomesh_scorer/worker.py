@@ -40,6 +40,7 @@ from mojomesh_scorer.control import (
     obey,
 )
 from mojomesh_scorer.doors import Doors
+from mojomesh_scorer.fast_lane import Answer, FastLane
 from mojomesh_scorer.grpc_door import serving_grpc
 from mojomesh_scorer.lookups import FeatureLookup
 from mojomesh_scorer.models import Models
@@ -48,9 +49,11 @@ from mojomesh_scorer.parent import die_with
 from mojomesh_scorer.receipts import open_receipts
 from mojomesh_scorer.scoring import Scoring
 from mojomesh_scorer.settings import Settings
+from mojomesh_scorer.short_answers import ShortAnswers
 
 LOOKUP_S = 5.0
 GRACE_S = 10
+SWITCH_S = 0.001  # how long a thread with a large block may keep the event loop waiting for Python's lock; by default 5 ms
 KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
 
 
@@ -100,10 +103,13 @@ class Worker:
             )
         )
         await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
-        await self._open.enter_async_context(serving_http(_app(self._settings, health, self._doors), self._settings.host, http))
-        # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever.
+        app = _app(self._settings, health, self._doors)
+        await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
+        # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
+        # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         self._doors.ready = True
 
     async def close_doors(self) -> None:
@@ -129,7 +135,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
+async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> AsyncIterator[None]:
     """Serve on a port that other workers share; at the end requests in flight finish."""
     shared = socket.socket()
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -137,7 +143,7 @@ async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None
     shared.bind((host, port))
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=type("WorkerProtocol", (FastLane,), {"answer": staticmethod(answer)}),
         access_log=False,
         log_level="warning",
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -180,6 +186,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
 def main(slot: str, control: int, http: int, grpc: int, parent: int) -> None:
     """Be a worker."""
     die_with(parent)
+    sys.setswitchinterval(SWITCH_S)
     settings = read_settings(Settings)
     start_telemetry("scorer", settings)
     arm_faults(settings.fault)

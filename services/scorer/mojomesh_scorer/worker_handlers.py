@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from mojomesh_chassis.consuming import MeshRouter
 from mojomesh_chassis.errors import PermanentError, Rejected
-from mojomesh_contracts.events import Event, ScoreRequested
+from mojomesh_chassis.publishing import EncodedEvent
+from mojomesh_contracts.events import ScoreRequested
 from mojomesh_scorer.errors import RowsRefused
 from mojomesh_scorer.receipts import blocks_of
 from mojomesh_scorer.scoring import Row, Scored, Scoring
@@ -13,8 +14,8 @@ router = MeshRouter("scorer")
 
 
 @router.work(ScoreRequested, batch=500)
-async def on_scores_requested(events: Sequence[ScoreRequested], scoring: Scoring, replica: str) -> list[Event]:
-    """Predict, one block a model; the id of a prediction follows from its request's, so that a repeat is known."""
+async def on_scores_requested(events: Sequence[ScoreRequested], scoring: Scoring, replica: str) -> list[EncodedEvent]:
+    """Predict; the id of a prediction follows from its request's, so that a repeat is known."""
     places: dict[str, list[int]] = {}
     for place, event in enumerate(events):
         places.setdefault(event.model, []).append(place)

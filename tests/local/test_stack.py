@@ -205,8 +205,8 @@ def test_a_server_that_cannot_start_shows_its_last_words_and_its_log(state: Stat
 def test_a_full_disk_is_refused_before_anything_starts(state: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mojomesh_local.state.MIN_FREE_BYTES", 10**18)
 
-    with pytest.raises(DiskFull, match="Make room, or choose another folder with --state"):
-        state.prepare()
+    with pytest.raises(DiskFull, match="Make room, or choose another folder with --state"), running_stack(state.path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def launch(
 
     Raises:
         AlreadyRunning: There is one.
+        DiskFull: Not even its log could be trusted to hold what it says.
     """
     if state.is_up:
         raise already_running(state)

@@ -60,7 +60,13 @@ demo: setup ## A year of flights through the whole mesh, in minutes; ends with r
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
+test-long: setup ## The same promises over thousands of histories: hours
+	$(BIN)/pytest -m long -s
+
+bench-store: setup ## Sealing and point-in-time joins against other ways, in one run; ARGS=--quick for a small one
+	$(BIN)/python bench/store/run.py $(ARGS)
+
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format contracts demo test images
+.PHONY: help setup lock check format contracts demo test test-long bench-store images

@@ -4,7 +4,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import obstore
-from obstore.exceptions import NotFoundError
+from obstore.exceptions import AlreadyExistsError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from mojomesh_chassis.errors import NotFound
@@ -30,6 +30,32 @@ class Objects:
     async def put(self, key: str, content: bytes | Path) -> None:
         """Store bytes, or the file at a path."""
         await obstore.put_async(self._store, key, content)
+
+    async def create(self, key: str, content: bytes | Path) -> bool:
+        """Store bytes, or the file at a path, unless there is something under `key`; whether they were stored. Takes as much memory."""
+        try:
+            await obstore.put_async(self._store, key, content, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    async def fetch(self, key: str, folder: Path) -> Path:
+        """A file on this machine with the object's bytes: the object itself if the store is a folder, else a copy in `folder`.
+
+        Raises:
+            NotFound: There is none under `key`.
+        """
+        if self._folder is not None:
+            return self._folder / key
+        copy = folder / key.replace("/", "-")
+        try:
+            found = await obstore.get_async(self._store, key)
+            with copy.open("wb") as file:
+                async for chunk in found:
+                    file.write(chunk)
+        except (NotFoundError, FileNotFoundError):
+            raise NotFound(f"no object '{key}' in {self._url}") from None
+        return copy
 
     async def get(self, key: str) -> bytes:
         """The object's bytes.

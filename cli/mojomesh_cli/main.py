@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack
+from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack, store
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -31,6 +31,7 @@ for panel, commands in COMMANDS.items():
         app.command(rich_help_panel=panel)(command)
 
 app.add_typer(dead_letters.dlt, name="dlt", rich_help_panel="Data")
+app.add_typer(store.store, name="store", rich_help_panel="Data")
 
 # Other packages add commands of their own, as the demo does.
 for added in entry_points(group="mojomesh.commands"):

@@ -103,6 +103,7 @@ class Label(Definition):
     feature_set: Name
     column: ColumnName
     type: Literal["binary", "number", "multiclass"]
+    within: Duration | None = Field(default=None, description="An outcome that comes later than this after the event time is no label")
 
 
 class FeatureSource(Definition):
@@ -166,6 +167,11 @@ class Model(Definition):
     walk_forward: WalkForward
     gate: Gate = Gate()
     drift: DriftPolicy = DriftPolicy()
+    known_at: Literal["snapshot", "row"] = Field(
+        default="snapshot",
+        description="What a training row sees of its features: all that was known at the snapshot, or only what was reported "
+        "(`reported_at`) by the row's own event time",
+    )
 
     @model_validator(mode="after")
     def _check_sources(self) -> "Model":

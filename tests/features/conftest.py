@@ -21,6 +21,7 @@ from mojomesh_contracts.definitions import Model, parse_definitions
 from mojomesh_contracts.events import EventReceived, FeatureValue
 from mojomesh_features import routes
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.sealing import Sealer
 from mojomesh_features.settings import FeaturesSettings
 from mojomesh_features.snapshots import Snapshots
 from mojomesh_store import rows
@@ -96,6 +97,11 @@ def snapshots(feature_store: FeatureStore, postgres: Any, objects: Objects, tmp_
     return Snapshots(feature_store, [postgres.url], objects, tmp_path / "work", memory_limit="512MB")
 
 
+@pytest.fixture
+def sealer(feature_store: FeatureStore, postgres: Any, objects: Objects, tmp_path: Path) -> Sealer:
+    return Sealer(feature_store, [postgres.url], objects, tmp_path / "work", memory_limit="512MB")
+
+
 class WithState:
     """What a server does with the state that a lifespan yields: gives it to every request."""
 
@@ -114,6 +120,7 @@ async def http(
     feature_store: FeatureStore,
     reader: FeatureReader,
     snapshots: Snapshots,
+    sealer: Sealer,
     tmp_path: Path,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP door, without the consumers."""
@@ -124,6 +131,7 @@ async def http(
         "reader": reader,
         "definitions": definitions,
         "snapshots": snapshots,
+        "sealer": sealer,
     }
     async with AsyncExitStack() as stack:
         app = mesh_app("features", settings, Health(), lambda _: stack, routes.router)  # type: ignore[arg-type, return-value]

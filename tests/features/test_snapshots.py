@@ -1,6 +1,6 @@
 """A snapshot holds what its definition says, from what was known at its time, and stays the same for ever."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -8,35 +8,23 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from sqlalchemy import text
 
-from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Model
-from mojomesh_contracts.events import EventReceived, FeatureValue
+from mojomesh_contracts.events import EventReceived
 from mojomesh_features.errors import UnusableDefinition
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_features.vectors import plan_of
 from mojomesh_store import rows as store_rows
-from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
-from mojomesh_store.tables import FeatureRow
+from tests.features.definition import TrainingRow, as_learned
 from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)
-TrainingRow = dict[str, FeatureValue]
-
-
-@pytest.fixture
-async def owner(postgres: Any) -> AsyncIterator[Database]:
-    async with open_database(postgres.owner_url) as database:
-        yield database
 
 
 async def take(snapshots: Snapshots, model: Model, definitions: Definitions, snapshot_time: datetime) -> SnapshotTaken:
@@ -47,100 +35,6 @@ def rows_of(objects: Objects, taken: SnapshotTaken) -> list[TrainingRow]:
     rows: list[TrainingRow] = pq.read_table(objects.path_of(taken.path)).to_pylist()
     assert len(rows) == taken.n_rows
     return rows
-
-
-def latest(rows: Iterable[FeatureRow], feature_set: str, entity_id: FeatureValue, at: datetime) -> FeatureRow | None:
-    known = [row for row in rows if (row.feature_set, row.entity_id) == (feature_set, entity_id) and row.event_time <= at]
-    return max(known, key=lambda row: (row.event_time, row.created_at, row.seq), default=None)
-
-
-def outcome(rows: Iterable[FeatureRow], entity_id: str, event_time: datetime) -> FeatureRow | None:
-    later = [row for row in rows if (row.feature_set, row.entity_id) == ("arrivals", entity_id) and row.event_time >= event_time]
-    first = min((row.event_time for row in later), default=None)
-    return max((row for row in later if row.event_time == first), key=lambda row: (row.created_at, row.seq), default=None)
-
-
-def as_learned(value: FeatureValue) -> FeatureValue:
-    return int(value) if isinstance(value, bool) else value
-
-
-def expected_rows(rows: Sequence[FeatureRow], snapshot_time: datetime) -> list[TrainingRow]:
-    """The definition of `delay`, a row at a time, in plain Python."""
-    known = [row for row in rows if row.created_at <= snapshot_time]
-    expected: list[TrainingRow] = []
-    for entity_id, event_time in sorted(
-        {(row.entity_id, row.event_time) for row in known if row.feature_set == "flights"}, key=lambda key: key[::-1]
-    ):
-        spine = latest(known, "flights", entity_id, event_time)
-        label = outcome(known, entity_id, event_time)
-        if spine is None or label is None or label.values.get("late") is None:
-            continue
-        weather = latest(known, "weather", spine.values.get("origin"), event_time)
-        if weather is not None and event_time - weather.event_time > 3 * HOUR:
-            weather = None
-        crew = latest(known, "crews", entity_id, event_time)
-        expected.append(
-            {
-                "entity_id": entity_id,
-                "event_time": microseconds(event_time) // 1000,
-                "label_time": microseconds(label.event_time) // 1000,
-                "label": as_learned(label.values["late"]),
-                **{name: as_learned(spine.values.get(name)) for name in ("carrier", "distance", "international")},
-                **{f"weather.{name}": as_learned(weather.values.get(name)) if weather else None for name in ("temp", "fog")},
-                "crews.size": crew.values.get("size") if crew else None,
-            }
-        )
-    return expected
-
-
-flights, airports = st.sampled_from(["A", "B", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
-times = st.integers(-3, 6).map(lambda n: NOON + n * HOUR)
-numbers = st.one_of(st.none(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False, width=32))
-flags = st.one_of(st.none(), st.booleans())
-names = st.one_of(st.none(), st.sampled_from(["EWR", "JFK", "LGA", 'q"', ""]))
-
-
-def events_of(feature_set: str, entities: st.SearchStrategy[str], **values: st.SearchStrategy[Any]) -> st.SearchStrategy[EventReceived]:
-    vectors = st.fixed_dictionaries({}, optional=values)
-    return st.builds(make_event, st.just(feature_set), entities, times, vectors)
-
-
-events = st.one_of(
-    events_of("flights", flights, carrier=names, distance=numbers, international=flags, origin=names),
-    events_of("flights", flights, carrier=names, distance=numbers, international=flags, origin=airports),
-    events_of("weather", airports, temp=numbers, fog=flags),
-    events_of("crews", flights, size=numbers),
-    events_of("arrivals", flights, late=flags, delay=numbers),
-    events_of("arrivals", flights, late=st.booleans()),
-)
-transactions = st.lists(st.lists(events, min_size=1, max_size=25), min_size=1, max_size=4)
-
-
-# Shrinking would take minutes on real servers.
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
-@given(history=transactions, cut=st.integers(0, 3))
-async def test_a_snapshot_is_its_definition_over_any_history(
-    snapshots: Snapshots,
-    objects: Objects,
-    owner: Database,
-    append_all: AppendAll,
-    model: Model,
-    definitions: Definitions,
-    history: list[list[EventReceived]],
-    cut: int,
-) -> None:
-    async with owner.begin() as db:
-        await db.execute(text("TRUNCATE store.feature_rows"))
-    rows, known_at = [], []
-    for transaction in history:
-        stored = await append_all(transaction)
-        rows += stored
-        known_at.append(stored[0].created_at)
-    snapshot_time = known_at[cut % len(known_at)]
-
-    taken = await take(snapshots, model, definitions, snapshot_time)
-
-    assert rows_of(objects, taken) == expected_rows(rows, snapshot_time)
 
 
 async def some_history(append_all: AppendAll) -> datetime:

@@ -16,6 +16,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_features import handlers, routes
 from mojomesh_features.champions import ChampionBundles, Champions
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.sealing import Due, Sealer, sealing
 from mojomesh_features.settings import FeaturesSettings
 from mojomesh_features.snapshots import Snapshots
 from mojomesh_store.online import OnlineStore
@@ -52,12 +53,16 @@ def build(settings: FeaturesSettings) -> FastAPI:
                     bundles=ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key),
                 )
             )
+            sealer = Sealer(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
+            due = Due(settings.seal_rows, settings.seal_age)
+            await stack.enter_async_context(sealing(sealer, definitions, due, health))
             yield {
                 "database": database,
                 "feature_store": feature_store,
                 "reader": FeatureReader(feature_store, online),
                 "definitions": definitions,
                 "snapshots": snapshots,
+                "sealer": sealer,
             }
 
     return mesh_app("features", settings, health, lifespan, routes.router)

@@ -14,9 +14,11 @@ from sqlalchemy import text
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
 from mojomesh_features.reading import AsOf, FeatureReader
+from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_features.vectors import Vector, plan_of
 from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
@@ -38,6 +40,7 @@ ADatabase = Annotated[Database, _resource("database")]
 AFeatureStore = Annotated[FeatureStore, _resource("feature_store")]
 AReader = Annotated[FeatureReader, _resource("reader")]
 SomeDefinitions = Annotated[Definitions, _resource("definitions")]
+ASealer = Annotated[Sealer, _resource("sealer")]
 SomeSnapshots = Annotated[Snapshots, _resource("snapshots")]
 
 
@@ -135,6 +138,13 @@ async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snap
     await definitions.caught_up()
     plan = plan_of(query.model, definitions)
     return await snapshots.take(plan, label_of(query.model.label, definitions), query.snapshot_time)
+
+
+@router.post("/v1/segments:seal", dependencies=[Protected])
+async def seal(definitions: SomeDefinitions, sealer: ASealer) -> dict[str, Any]:
+    """Seal every row that is known now, of all feature sets; the new segments. What another process is sealing is left to it."""
+    sealed = await sealer.seal(definitions)
+    return {"segments": [{"feature_set": new.feature_set, "path": new.path, "n_rows": new.n_rows} for new in sealed]}
 
 
 @router.get("/v1/drift/{model}")

@@ -1,5 +1,6 @@
 """Configuration of features."""
 
+from datetime import timedelta
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -18,4 +19,6 @@ class FeaturesSettings(MeshSettings):
     work_folder: Path = Field(
         default=Path(gettempdir()) / "mojomesh-features", description="Where snapshots are built and bundles unpacked; may be lost"
     )
-    memory_limit: str = Field(default="2GB", description="DuckDB's, for one snapshot; beyond it spills into the work folder")
+    memory_limit: str = Field(default="2GB", description="DuckDB's, for one snapshot or segment; beyond it spills into the work folder")
+    seal_rows: int = Field(default=1_000_000, ge=1, description="A feature set with so many unsealed rows is sealed")
+    seal_age: timedelta = Field(default=timedelta(days=1), description="And one with an unsealed row of this age")

@@ -1,0 +1,305 @@
+"""Sealing and point-in-time joins, on a PostgreSQL of its own, against other ways in the same run: `make bench-store`.
+
+Joined: a spine of n rows with its labels and two feature sets of 5 n rows each (12 values, 1 % corrections, text keys; one set by the
+spine's own entity, one by a column), 1 % of all rows not sealed yet; Parquet out. Rivals take turns, each time in a process of its own:
+
+    ours        Snapshots.take: segments and the unsealed tail, sorted, with its digest and the copy into the object store
+    by row      the same with `known_at: row`
+    bare        one DuckDB query of chained ASOF joins over one sorted Parquet file a set, unsorted and without a digest
+    row_number  the same after a row_number() has removed corrected rows
+    feast       Feast's offline join (file source) in an environment of its own, within 8 GB and --feast-s seconds
+
+`--quick` does a tenth of it.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import resource
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import duckdb
+import psutil
+
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.objects import open_objects
+from mojomesh_contracts.definitions import parse_definitions
+from mojomesh_features.sealing import Sealer
+from mojomesh_features.segments import Extent, columns_of, duckdb_config, write_segment
+from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_features.vectors import plan_of
+from mojomesh_local import ports
+from mojomesh_local.migrating import migrate_tables
+from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
+from mojomesh_store.shards import open_feature_store
+
+MEMORY = "4GiB"
+FEAST = "feast==0.67.0"
+VALUES = [*(f"number_{n}" for n in range(8)), *(f"category_{n}" for n in range(4))]
+USED = ("number_0", "number_1", "number_2", "category_0")
+
+DEFINITIONS = """
+kind: FeatureSet
+name: trips-N
+entity: account
+features: {place: {type: category}, distance: {type: number}, hour: {type: number}}
+---
+kind: FeatureSet
+name: outcomes-N
+entity: account
+features: {late: {type: boolean}}
+---
+kind: FeatureSet
+name: accounts-N
+entity: account
+features: {VALUES}
+---
+kind: FeatureSet
+name: places-N
+entity: place
+features: {VALUES}
+---
+kind: Model
+name: late-N
+spine: trips-N
+label: {feature_set: outcomes-N, column: late, type: binary}
+features:
+  - {feature_set: trips-N, columns: [distance, hour]}
+  - {feature_set: accounts-N, columns: [USED]}
+  - {feature_set: places-N, join: place, columns: [USED]}
+algorithm: {name: gbm}
+walk_forward: {n_windows: 2, train: expanding, test: 15d, step: 15d}
+"""
+
+# Row i of n happened at its share of 90 days; every hundredth is corrected by a row that came in later.
+LOAD = """
+    INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, event_id, "values")
+    SELECT $1, ENTITY, '2025-01-01Z'::timestamptz + i * (interval '90 days' / $2::int),
+        '2025-01-01Z'::timestamptz + i * (interval '90 days' / $2::int) + (hashint4(i) & 1023) * interval '1 second',
+        now() - LASTS * 2 + (i - $3::int) * (LASTS / ($4::int - $3::int + 1)) + CORRECTED, gen_random_uuid(), VECTOR
+    FROM generate_series($3::int, $4::int, STEP) AS i
+"""
+VECTOR = "jsonb_build_object({})".format(
+    ", ".join(f"'{name}', " + ("random()" if name.startswith("n") else f"'level ' || (i + {n}) % 20") for n, name in enumerate(VALUES))
+)
+ACCOUNT = "'account-' || (hashint4(i * 7) & 2147483647) % greatest($2::int / 50, 1)"
+TRIP = ACCOUNT.replace("$2::int / 50", "$2::int / 10")
+SETS = {
+    "trips": (1, TRIP, "jsonb_build_object('place', 'place-' || i % greatest($2::int / 10, 1), 'distance', i % 5000, 'hour', i % 24)"),
+    "outcomes": (1, TRIP, "jsonb_build_object('late', i % 3 = 0)"),
+    "accounts": (5, ACCOUNT, VECTOR),
+    "places": (5, ACCOUNT.replace("account-", "place-"), VECTOR),
+}
+
+
+def definitions_of(n: int, *only: str) -> Definitions:
+    values = ", ".join(f"{name}: {{type: {name.split('_')[0]}}}" for name in VALUES)
+    text = DEFINITIONS.replace("VALUES", values).replace("USED", ", ".join(USED)).replace("-N", f"-{n}")
+    return Definitions(*(d for d in parse_definitions(text) if not only or d.name in only))
+
+
+async def load(url: str, n: int, part: tuple[float, float], lasts: str) -> None:
+    """Store a part of the rows of scale `n`, as if they had come in over the time `lasts`."""
+    connection = await asyncpg.connect(url)
+    for name, (factor, entity, vector) in SETS.items():
+        rows = factor * n
+        bounds = int(part[0] * rows) + 1, int(part[1] * rows)
+        sql = LOAD.replace("ENTITY", entity).replace("VECTOR", vector).replace("LASTS", f"interval '{lasts}'")
+        await connection.execute(sql.replace("STEP", "1").replace("CORRECTED", "interval '0'"), f"{name}-{n}", rows, *bounds)
+        corrected = sql.replace("STEP", "100").replace("CORRECTED", f"interval '{lasts}' / 2")
+        await connection.execute(corrected, f"{name}-{n}", rows, *bounds)
+    await connection.close()
+
+
+@contextmanager
+def a_database(folder: Path) -> Iterator[Cluster]:
+    cluster = Cluster(ports.choose(), secrets.token_hex(8))
+    server = Postgres(folder / "postgres", cluster, folder / "postgres.log").server.start()
+    try:
+        asyncio.run(migrate_tables([cluster.url(OWNER)]))
+        yield cluster
+    finally:
+        server.stop()
+
+
+# What the children do: each prints its result as JSON.
+
+
+async def seal(url: str, folder: Path, *names: str) -> dict[str, Any]:
+    async with open_feature_store([url]) as store:
+        sealer = Sealer(store, [url], open_objects((folder / "objects").as_uri()), folder / "work", MEMORY)
+        definitions = definitions_of(int(names[0].split("-")[1]), *names)
+        began = time.perf_counter()
+        sealed = await sealer.seal(definitions)
+        return {"rows": sum(segment.n_rows for segment in sealed), "s": time.perf_counter() - began}
+
+
+async def ours(url: str, folder: Path, n: int, known_at: str) -> dict[str, Any]:
+    definitions = definitions_of(n)
+    model = definitions.model(f"late-{n}").model_copy(update={"known_at": known_at})
+    async with open_feature_store([url]) as store:
+        snapshots = Snapshots(store, [url], open_objects((folder / "objects").as_uri()), folder / "work", MEMORY)
+        at = await store.pass_snapshot()
+        began = time.perf_counter()
+        taken = await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), at)
+        return {"rows": taken.n_rows, "s": time.perf_counter() - began}
+
+
+def bare(folder: Path, n: int, corrected: str) -> dict[str, Any]:
+    """`corrected`: rows to join instead of a file's, and the order of an entity's rows."""
+    rows, order, last = {
+        "bare": ("'{}'", "epoch_us({0}event_time)::HUGEINT * 9223372036854775808 + epoch_us({0}created_at)", " + 9223372036854775807"),
+        "row_number": (
+            "(FROM '{}' QUALIFY row_number() OVER (PARTITION BY entity_id, event_time ORDER BY created_at DESC, seq DESC) = 1)",
+            "epoch_us({0}event_time)",
+            "",
+        ),
+    }[corrected]
+    table = {name: rows.format(folder / f"{name}-{n}.parquet") for name in SETS}
+    at = f"{order.format('').replace('epoch_us(created_at)', '0')}{last}"
+    first = order.format("").replace("epoch_us(created_at)", "(9223372036854775807 - epoch_us(created_at))")
+    used = ", ".join(f"{name}.{column} AS {name}_{column}" for name in ("accounts", "places") for column in USED)
+    query = f"""
+        SELECT spine.entity_id, spine.event_time, outcome.event_time AS label_time, late::INTEGER AS label, distance, hour, {used}
+        FROM (
+            SELECT *, {at} AS at, {order.format("").replace("epoch_us(created_at)", "0")} AS since
+            FROM (FROM '{folder / f"trips-{n}.parquet"}'
+                QUALIFY row_number() OVER (PARTITION BY entity_id, event_time ORDER BY created_at DESC, seq DESC) = 1)
+        ) AS spine
+        ASOF JOIN (SELECT *, {first} AS place FROM {table["outcomes"]}) AS outcome
+            ON spine.entity_id = outcome.entity_id AND spine.since <= outcome.place
+        ASOF LEFT JOIN (SELECT *, {order.format("")} AS place FROM {table["accounts"]}) AS accounts
+            ON spine.entity_id = accounts.entity_id AND spine.at >= accounts.place
+        ASOF LEFT JOIN (SELECT *, {order.format("")} AS place FROM {table["places"]}) AS places
+            ON spine.place = places.entity_id AND spine.at >= places.place
+        WHERE late IS NOT NULL
+    """
+    out = folder / "bare.parquet"
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as spill, duckdb.connect(config=duckdb_config(MEMORY, Path(spill))) as db:
+        db.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet, COMPRESSION zstd)")
+        spent = time.perf_counter() - began
+        ((rows_out,),) = db.execute(f"SELECT count(*) FROM '{out}'").fetchall()
+    return {"rows": rows_out, "s": spent}
+
+
+def export(url: str, folder: Path, n: int) -> None:
+    """One sorted file a set, of all its rows: what the bare queries and Feast read."""
+    config = duckdb_config(MEMORY, folder)
+    for name in SETS:
+        columns = columns_of(definitions_of(n).feature_set(f"{name}-{n}").features)
+        write_segment(url, Extent(f"{name}-{n}", None, datetime.now(UTC)), columns, folder / f"{name}-{n}.parquet", config)
+
+
+def child(folder: Path, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--child", str(folder), *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def act(folder: Path, what: str, *arguments: str) -> None:
+    """A child's life."""
+    if what == "seal":
+        result = asyncio.run(seal(arguments[0], folder, *arguments[1:]))
+    elif what == "ours":
+        result = asyncio.run(ours(arguments[0], folder, int(arguments[1]), arguments[2]))
+    else:
+        result = bare(folder, int(arguments[1]), arguments[0])
+    print(json.dumps(result | {"gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+
+
+def feast(folder: Path, n: int, patience_s: float) -> dict[str, Any] | None:
+    """Feast's own join, in an environment of its own; None if it did not end in time or in memory."""
+    home = Path(tempfile.gettempdir()) / f"mojomesh-bench-{FEAST}"
+    if not (home / "ready").exists():
+        venv.create(home, with_pip=True)
+        subprocess.run([home / "bin" / "pip", "install", "--quiet", FEAST], check=True)
+        (home / "ready").touch()
+    script = Path(__file__).with_name("feast_join.py")
+    try:
+        done = subprocess.run(
+            [home / "bin" / "python", script, folder, str(n), *USED], stdout=subprocess.PIPE, timeout=patience_s, check=True, text=True
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return None
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def show(what: str, n: int, results: list[dict[str, Any]]) -> float:
+    """A line, and the median rows a second."""
+    rate = statistics.median(result["rows"] / result["s"] for result in results)
+    spent = ", ".join(f"{result['s']:.2f}" for result in results)
+    print(f"{what:12}{n:>10,}{rate:>14,.0f} rows/s   {max(result['gb'] for result in results):5.1f} GB   {spent} s", flush=True)
+    return rate
+
+
+def main(scales: list[int], rounds: int, feast_s: float) -> None:
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, load {os.getloadavg()[0]:.1f}")
+    print(f"Python {platform.python_version()}, DuckDB {duckdb.__version__} with {MEMORY}\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, a_database(folder := Path(name)) as cluster:
+        (folder / "objects").mkdir()
+        url = cluster.url(SERVICE)
+        asyncio.run(without_indexes(cluster.url(OWNER)))
+        for n in scales:
+            asyncio.run(load(cluster.url(OWNER), n, (0, 0.99), "1 hour"))
+            show("sealing", 5 * n, [child(folder, "seal", url, f"{name}-{n}") for name in ("accounts", "places")])
+            child(folder, "seal", url, f"trips-{n}", f"outcomes-{n}")
+            time.sleep(2)  # the tail comes in after what is sealed
+            asyncio.run(load(cluster.url(OWNER), n, (0.99, 1), "1 second"))
+            export(url, folder, n)
+            join(url, folder, n, rounds if n == max(scales) else 1, feast_s)
+
+
+def join(url: str, folder: Path, n: int, rounds: int, feast_s: float) -> None:
+    """The rivals in turns, and what ours is to each."""
+    ways = {
+        "ours": ("ours", url, str(n), "snapshot"),
+        "bare": ("bare", "bare", str(n)),
+        "row_number": ("bare", "row_number", str(n)),
+        "by row": ("ours", url, str(n), "row"),
+    }
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, arguments in ways.items():
+            results[way].append(child(folder, *arguments))
+    rates = {way: show(way, n, found) for way, found in results.items()}
+    assert len({found[0]["rows"] for found in results.values()}) == 1, "they do not answer the same"
+    if (feasts := feast(folder, n, feast_s)) is None:
+        print(f"{'feast':12}{n:>10,}   did not end in {feast_s:.0f} s and 8 GB")
+    else:
+        rates["feast"] = show("feast", n, [feasts])
+    print("ours is " + ", ".join(f"{rates['ours'] / rate:.2f} x {way}" for way, rate in rates.items() if way != "ours") + "\n", flush=True)
+
+
+async def without_indexes(owner: str) -> None:
+    """Only to load faster: neither sealing nor snapshots use them."""
+    connection = await asyncpg.connect(owner)
+    for index in ("feature_rows_as_of", "feature_rows_values"):
+        await connection.execute(f"DROP INDEX store.{index}")
+    await connection.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        act(Path(sys.argv[2]), *sys.argv[3:])
+    else:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--quick", action="store_true", help="a tenth of it, one round")
+        parser.add_argument("--feast-s", type=float, default=180, help="how long to wait for Feast at each size")
+        asked = parser.parse_args()
+        main([1_000, 10_000, 100_000] if asked.quick else [10_000, 100_000, 1_000_000], 1 if asked.quick else 3, asked.feast_s)

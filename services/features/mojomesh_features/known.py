@@ -1,0 +1,117 @@
+"""The rows that were known at a time, in DuckDB: sealed segments and what is not sealed yet, as one view for each feature set."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+import duckdb
+from adbc_driver_postgresql import dbapi
+from pydantic import TypeAdapter
+
+from mojomesh_features.segments import DUCKDB_TYPES, OTHER, json_shape
+from mojomesh_store.segments import Segment
+
+_SEGMENTS = TypeAdapter(list[Segment])
+_ORDER = ("entity_id", "event_us", "created_us")
+_TIMES = ", ".join(f"epoch_us({time}_{at}) AS {time}_us" for time, at in (("event", "time"), ("reported", "at"), ("created", "at")))
+
+
+def read_known(known: Collection["KnownRows"], shard_urls: Sequence[str], db: duckdb.DuckDBPyConnection) -> None:
+    """Bring what is not sealed of these feature sets from PostgreSQL, and learn which segments hold the rest."""
+    for rows in known:
+        rows.create_tail(db)
+    for url in shard_urls:
+        with dbapi.connect(url) as shard, closing(shard.cursor()) as cursor:
+            # One transaction: no partition leaves the table between our look at the manifest and our reading of the tail.
+            cursor.execute("LOCK TABLE store.feature_rows IN ACCESS SHARE MODE")
+            for rows in known:
+                rows.read_tail(cursor, db)
+
+
+def feature_column(name: str) -> str:
+    """A feature's column in a view, quoted, and kept apart from the columns of every row."""
+    return f'"feature {name}"'
+
+
+class KnownRows:
+    """The rows of one feature set with `created_at <= snapshot_time`, on all shards, with some of its features (name to type).
+
+    Columns of its view: entity_id, event_us, reported_us and created_us (microseconds since 1970), and `"feature <name>"`. Of rows
+    that share the first, second and fourth, which only one transaction can have stored, the view has the one with the greatest seq; so
+    event_us and created_us order the rows of an entity as the three keys do.
+    """
+
+    def __init__(self, feature_set: str, features: Mapping[str, str], snapshot_time: datetime) -> None:
+        self._feature_set = feature_set
+        self._features = {name: DUCKDB_TYPES[kind] for name, kind in features.items()}
+        self._snapshot_time = snapshot_time
+        self._tail = f'"tail {feature_set}"'
+        self.view = f'"rows {feature_set}"'
+        self.segments: list[Segment] = []
+
+    def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:
+        """Make the table for what is not sealed."""
+        columns = "".join(f", {feature_column(name)} {kind}" for name, kind in self._features.items())
+        times = "event_us BIGINT, reported_us BIGINT, created_us BIGINT"
+        db.execute(f"CREATE TABLE {self._tail} (entity_id VARCHAR, {times}, seq BIGINT{columns})")
+
+    def read_tail(self, shard: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+        """Learn which segments a shard has, and bring what is known and not in them."""
+        segments = self._sealed(shard)
+        self.segments += [segment for segment in segments if segment.follows is None or segment.follows < self._snapshot_time]
+        if not segments or segments[-1].created_until < self._snapshot_time:
+            self._read_after(segments[-1].created_until if segments else None, shard, db)
+
+    def create_view(self, db: duckdb.DuckDBPyConnection, files: Mapping[str, Path]) -> None:
+        """Make the view; `files` are the segments' on this machine, by path."""
+        alike = defaultdict(list)
+        for segment in self.segments:
+            alike[tuple(segment.columns), segment.n_tied > 0, segment.created_until > self._snapshot_time].append(segment.path)
+        parts = [self._part([files[path] for path in paths], *kind) for kind, paths in alike.items()]
+        tied = db.execute(f"SELECT 1 FROM {self._tail} GROUP BY {', '.join(_ORDER)} HAVING count(*) > 1 LIMIT 1").fetchone()
+        parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if tied else ''}")
+        db.execute(f"CREATE VIEW {self.view} AS {' UNION ALL '.join(parts)}")
+
+    def _sealed(self, cursor: dbapi.Cursor) -> list[Segment]:
+        cursor.execute(f"""
+            SELECT coalesce(json_agg(listed), '[]')::text FROM (
+                SELECT {", ".join(Segment._fields)} FROM store.segments WHERE feature_set = '{self._feature_set}' ORDER BY created_until
+            ) AS listed
+        """)
+        return _SEGMENTS.validate_json(cursor.fetchone()[0])
+
+    def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+        after = f"AND created_at > '{sealed.isoformat()}'" if sealed else ""
+        cursor.execute(f"""
+            SELECT entity_id, event_time, reported_at, created_at, seq, "values"::text AS vector FROM store.feature_rows
+            WHERE feature_set = '{self._feature_set}' AND {self._known()} {after}
+        """)
+        db.register("arriving", cursor.fetch_record_batch())
+        features = "".join(f', vector."{name}"' for name in self._features)
+        db.execute(f"""
+            INSERT INTO {self._tail} SELECT entity_id, {_TIMES}, seq{features}
+            FROM (SELECT * REPLACE (from_json(vector, '{json_shape(self._features)}') AS vector) FROM arriving)
+        """)
+        db.unregister("arriving")
+
+    def _part(self, files: Sequence[Path], columns: Sequence[str], tied: bool, partly_known: bool) -> str:
+        """The rows of segments that are alike."""
+        features = "".join(f", {self._value(name, columns)} AS {feature_column(name)}" for name in self._features)
+        listed = ", ".join(f"'{file}'" for file in files)
+        return f"""
+            SELECT entity_id, {_TIMES}{features} FROM read_parquet([{listed}])
+            {f"WHERE {self._known()}" if partly_known else ""} {self._last_of_tied() if tied else ""}
+        """
+
+    def _value(self, name: str, columns: Sequence[str]) -> str:
+        if name in columns:
+            return f'"{name}"'
+        return f"""from_json({OTHER}, '{json_shape({name: self._features[name]})}')."{name}\""""
+
+    def _known(self) -> str:
+        return f"created_at <= '{self._snapshot_time.isoformat()}'"
+
+    def _last_of_tied(self) -> str:
+        return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(_ORDER)} ORDER BY seq DESC) = 1"

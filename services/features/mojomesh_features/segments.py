@@ -1,0 +1,114 @@
+"""What a sealed segment looks like: one Parquet file of feature rows, readable by anything that reads Parquet (docs/segments.md)."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import orjson
+from adbc_driver_postgresql import dbapi
+
+from mojomesh_contracts.definitions import Feature
+from mojomesh_store.online import moment
+from mojomesh_store.segments import Segment
+
+DUCKDB_TYPES = {"number": "DOUBLE", "category": "VARCHAR", "boolean": "BOOLEAN"}
+KEYS = ("entity_id", "event_time", "reported_at", "created_at", "seq", "event_id")
+OTHER = "other"
+"""The column for what has none of its own, as JSON; null in almost every row."""
+
+Config = dict[str, str | bool | int | float | list[str]]
+
+
+def duckdb_config(memory_limit: str, folder: Path) -> Config:
+    """DuckDB within a bound of memory; what does not fit goes to `folder`."""
+    return {"memory_limit": memory_limit, "temp_directory": str(folder)}
+
+
+def columns_of(features: Mapping[str, Feature]) -> dict[str, str]:
+    """The features that get a column of their own, with their types; tables take no notice of case, so not every name can have one."""
+    columns: dict[str, str] = {}
+    taken = {*KEYS, OTHER}
+    for name, feature in features.items():
+        if name.casefold() not in taken:
+            taken.add(name.casefold())
+            columns[name] = feature.type
+    return columns
+
+
+def json_shape(types: Mapping[str, str]) -> str:
+    """The structure, as DuckDB's from_json takes it, of vectors with these features (name to type in DuckDB)."""
+    return orjson.dumps(dict(types)).decode()
+
+
+class Extent(NamedTuple):
+    """Which rows a segment is to hold: those of a feature set that were created in (follows, until]."""
+
+    feature_set: str
+    follows: datetime | None
+    until: datetime
+
+
+def write_segment(shard_url: str, extent: Extent, columns: Mapping[str, str], to: Path, config: Config) -> None:
+    """Write the rows of `extent` from PostgreSQL as a Parquet file, sorted by entity, event_time, created_at and seq.
+
+    Reading is one COPY out of PostgreSQL; vectors are taken apart by DuckDB, which also sorts, within its bound of memory.
+    """
+    names = ", ".join(f"'{name}'" for name in columns)
+    after = "" if extent.follows is None else f"AND created_at > '{extent.follows.isoformat()}'"
+    query = f"""
+        SELECT entity_id, event_time, reported_at, created_at, seq, event_id::text AS event_id, "values"::text AS vector,
+            nullif("values" - ARRAY[{names}]::text[], '{{}}')::text AS {OTHER}
+        FROM store.feature_rows
+        WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' {after}
+    """
+    shape = json_shape({name: DUCKDB_TYPES[kind] for name, kind in columns.items()})
+    parsed = f"from_json(vector, '{shape}')" if columns else "NULL"
+    features = "".join(f'vector."{name}", ' for name in columns)
+    about = orjson.dumps({"until": extent.until, "columns": columns}).decode()
+    with dbapi.connect(shard_url) as shard, closing(shard.cursor()) as cursor, duckdb.connect(config=config) as db:
+        cursor.execute(query)
+        db.register("arriving", cursor.fetch_record_batch())
+        db.execute(f"""
+            COPY (
+                SELECT {", ".join(KEYS)}, {features}{OTHER} FROM (SELECT * REPLACE ({parsed} AS vector) FROM arriving)
+                ORDER BY entity_id, event_time, created_at, seq
+            ) TO '{to}' (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{mojomesh: '{about}'}})
+        """)
+
+
+def read_segment(file: Path, feature_set: str, follows: datetime | None, path: str) -> Segment:
+    """What the manifest is to say of a segment's file, from the file alone."""
+    with duckdb.connect() as db:
+        (about,) = _only(db.execute(f"SELECT decode(value) FROM parquet_kv_metadata('{file}') WHERE decode(key) = 'mojomesh'"))
+        n_rows, sum_of_seqs, first_us, last_us, n_tied = _only(
+            db.execute(f"""
+                SELECT count(*), sum(seq)::BIGINT, epoch_us(min(event_time)), epoch_us(max(event_time)),
+                    count(*) FILTER (entity_id = before.entity_id AND event_time = before.event_time AND created_at = before.created_at)
+                FROM (
+                    SELECT *, lag({{'entity_id': entity_id, 'event_time': event_time, 'created_at': created_at}}) OVER () AS before
+                    FROM '{file}'
+                )
+            """)
+        )
+    told = orjson.loads(about)
+    return Segment(
+        feature_set,
+        follows,
+        datetime.fromisoformat(told["until"]),
+        path,
+        told["columns"],
+        n_rows,
+        n_tied,
+        sum_of_seqs,
+        moment(first_us),
+        moment(last_us),
+    )
+
+
+def _only(found: duckdb.DuckDBPyConnection) -> tuple[Any, ...]:
+    row: tuple[Any, ...] | None = found.fetchone()
+    assert row is not None  # an aggregate
+    return row

@@ -122,7 +122,7 @@ class Publisher:
                     await producer.start()
                 except KafkaConnectionError as error:
                     await producer.stop()
-                    raise TransientError(f"nobody answers as Kafka at {self._kafka}: {error}") from error
+                    raise TransientError(f"nobody answers as Kafka at {self._kafka}") from error
                 self._producer = producer
             return self._producer
 

@@ -3,7 +3,7 @@
 Within a major version (`...v1`) a field may be added with a default, never removed, renamed or given a new meaning or unit.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from uuid import UUID, uuid5
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
@@ -165,6 +165,9 @@ class SwapPhase(Frozen):
     seconds: float
 
 
+ScoredBy = Literal["flat_trees", "genmodel"]
+
+
 class ModelDeployed(Event):
     """The swap certificate of one scorer replica. Produced by scorer; read by registry."""
 
@@ -186,6 +189,9 @@ class ModelDeployed(Event):
     failed_requests: int = Field(description="Requests answered with a 5xx between prepare and drain")
     golden_rows: int
     max_golden_difference: float
+    scored_by: ScoredBy | None = Field(
+        default=None, description="What scores: the unpacked trees, or genmodel row by row; equal to the last bit"
+    )
 
 
 class ScoreRequested(Event):

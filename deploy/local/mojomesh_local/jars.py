@@ -1,6 +1,7 @@
 """The jars that Python packages do not carry: resolved by jgo (no Java, no Maven), checked against pins, and kept beside the code."""
 
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -106,7 +107,8 @@ def compile_block_scorer() -> None:
     classes = ECJ_JARS.parent / "classes"
     shutil.rmtree(classes, ignore_errors=True)
     argv = [str(JAVA), "-cp", f"{ECJ_JARS}/*", "org.eclipse.jdt.internal.compiler.batch.Main", "--release", "17", "-g", "-nowarn"]
-    argv += ["-cp", str(package / "jars" / "h2o-genmodel-3.46.0.11.jar"), "-d", str(classes), *map(str, sources)]
+    libraries = [str(package / "jars" / name.removeprefix("genmodel/")) for name in pins() if name.startswith("genmodel/")]
+    argv += ["-cp", os.pathsep.join(libraries), "-d", str(classes), *map(str, sources)]
     made = run_to_end(argv)
     if made.returncode:
         raise LocalError(f"The scorer's Java helper does not compile:\n{made.stdout}{made.stderr}")

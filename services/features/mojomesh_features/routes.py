@@ -148,8 +148,11 @@ async def seal(definitions: SomeDefinitions, sealer: ASealer) -> dict[str, Any]:
 
 
 @router.get("/v1/drift/{model}")
-async def drift(model: str, database: ADatabase, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+async def drift(
+    model: str, database: ADatabase, definitions: SomeDefinitions, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+) -> Response:
     """The last windows of a model against its champions' baselines, and the alerts they led to."""
+    definitions.model(model)  # refuses a name that nobody defined
     async with database.begin() as db:
         windows, alerts = await tables.drift_of(db, model, limit)
     return _json({"model": model, "windows": windows, "alerts": alerts})

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_contracts.events import Frozen
+from mojomesh_contracts.events import Frozen, ScoredBy
 from mojomesh_scorer.errors import LoadFailed, WorkerLost
 
 LINE_BYTES = 2**20
@@ -31,6 +31,7 @@ class Loaded(Frozen):
 
     golden_rows: int
     max_golden_difference: float
+    scored_by: ScoredBy
 
 
 class Commit(Frozen):

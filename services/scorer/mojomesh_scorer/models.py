@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.bundles import GOLDEN_FILE, MOJO_FILE, SCHEMA_FILE, BundleSchema, Golden
 from mojomesh_scorer.encoding import Encoded, Encoder, Matrix
 from mojomesh_scorer.errors import LoadFailed, NotServed
@@ -31,10 +32,12 @@ class LoadedModel:
         self.schema = BundleSchema.model_validate_json((folder / SCHEMA_FILE).read_bytes())
         golden = Golden.model_validate_json((folder / GOLDEN_FILE).read_bytes())
         self.encoder = Encoder(self.schema)
-        # Two objects, since one belongs to one thread: the event loop's, and the one that large blocks take turns at.
-        self._mojo, self._aside = Mojo(folder / MOJO_FILE, self.schema), Mojo(folder / MOJO_FILE, self.schema)
-        self._turn = threading.Lock()
         inputs, wanted = golden_rows(golden, self.schema)
+        # Two objects, since one belongs to one thread: the event loop's, and the one that large blocks take turns at.
+        self._mojo, self._aside = (Mojo(folder / MOJO_FILE, self.schema, inputs) for _ in range(2))
+        self._turn = threading.Lock()
+        self.scored_by = self._mojo.scored_by
+        log.info("model_loaded", model=name, version=version, scored_by=self.scored_by, not_flat_because=self._mojo.not_flat_because)
         self.golden_rows = len(wanted)
         self.golden_difference = max(check_golden(mojo.score(inputs), wanted, golden.tolerance) for mojo in (self._mojo, self._aside))
         self.leases = 0

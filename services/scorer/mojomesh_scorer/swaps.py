@@ -171,4 +171,5 @@ class Swaps:
             failed_requests=failed_requests,
             golden_rows=max((loaded.golden_rows for loaded in swap.loaded), default=0),
             max_golden_difference=max((loaded.max_golden_difference for loaded in swap.loaded), default=0.0),
+            scored_by=swap.loaded[0].scored_by if swap.loaded else None,
         )

@@ -80,7 +80,7 @@ class Worker:
         match command:
             case Load():
                 model = await models.stage(command.model, command.version, command.digest, command.folder)
-                return Loaded(golden_rows=model.golden_rows, max_golden_difference=model.golden_difference)
+                return Loaded(golden_rows=model.golden_rows, max_golden_difference=model.golden_difference, scored_by=model.scored_by)
             case Commit():
                 return Committed(in_flight=models.commit(command.model, command.digest))
             case Discard():

@@ -116,7 +116,7 @@ class Publisher:
                     linger_ms=2,
                     max_batch_size=256 * 1024,
                     max_request_size=MAX_REQUEST_BYTES,
-                    compression_type="lz4",
+                    compression_type="zstd",  # a quarter of what lz4 costs in aiokafka, which asks for its slowest level, and smaller
                 )
                 try:
                     await producer.start()

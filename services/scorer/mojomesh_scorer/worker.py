@@ -18,10 +18,12 @@ import uvloop
 from fastapi import FastAPI
 
 from mojomesh_chassis.consuming import consuming
+from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.faults import arm_faults
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.publishing import Publisher, open_publisher
+from mojomesh_chassis.redis import open_redis
 from mojomesh_chassis.settings import read_settings
 from mojomesh_chassis.telemetry import asking, log, start_telemetry
 from mojomesh_scorer import rest, routes, worker_handlers
@@ -52,6 +54,7 @@ from mojomesh_scorer.receipts import open_receipts
 from mojomesh_scorer.scoring import Scoring
 from mojomesh_scorer.settings import Settings
 from mojomesh_scorer.short_answers import ShortAnswers
+from mojomesh_store.online import OnlineStore
 
 LOOKUP_S = 5.0
 GRACE_S = 10
@@ -79,12 +82,15 @@ def opened_above_connections() -> Iterator[None]:
 class Worker:
     """What the supervisor's commands do."""
 
-    def __init__(self, settings: Settings, slot: str, ports: tuple[int, int], doors: Doors, publisher: Publisher) -> None:
+    def __init__(
+        self, settings: Settings, slot: str, ports: tuple[int, int], doors: Doors, publisher: Publisher, definitions: Definitions
+    ) -> None:
         self._settings = settings
         self._slot = slot
         self._ports = ports
         self._doors = doors
         self._publisher = publisher
+        self._definitions = definitions
         self._open = AsyncExitStack()
 
     async def do(self, command: Command) -> Reply:
@@ -118,6 +124,7 @@ class Worker:
                 health,
                 slot=self._slot,
                 scoring=scoring,
+                definitions=self._definitions,
                 replica=self._settings.replica,
             )
         )
@@ -190,8 +197,10 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
         publisher = await stack.enter_async_context(open_publisher(settings))
         client = await stack.enter_async_context(asking(settings, LOOKUP_S))
         receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica, settings.receipts_waiting))
-        scoring = Scoring(Models(), FeatureLookup(client, settings.features_url), settings.max_in_flight)
-        worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher)
+        online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
+        definitions = Definitions()
+        scoring = Scoring(Models(), FeatureLookup(client, settings.features_url, online, definitions), settings.max_in_flight)
+        worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher, definitions)
         stack.push_async_callback(worker.close_doors)
         obeying = asyncio.create_task(obey(control, worker.do))
         stopping = asyncio.create_task(stop.wait())

@@ -141,6 +141,7 @@ async def test_workers_killed_again_and_again_break_only_what_was_in_flight_on_t
     await registry.promote("delay", 1, await registry.store(trained, "delay"))
     scorer = await start_scorer()
     scores = await exact_scores(scorer, trained)
+    await all_serving(scorer, 2)  # so that both have connections
     wanted: set[str] = set()
 
     async def request_over_kafka() -> None:

@@ -5,6 +5,8 @@ It is started by the supervisor with its slot, its end of the control socket, th
 
 import asyncio
 import gc
+import os
+import resource
 import signal
 import socket
 import sys
@@ -58,6 +60,23 @@ LOOKUP_S = 5.0
 GRACE_S = 10
 SWITCH_S = 0.001  # how long a thread with a large block may keep the event loop waiting for Python's lock; by default 5 ms
 KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
+MOST_CONNECTIONS = 512
+
+
+@contextmanager
+def opened_above_connections() -> Iterator[None]:
+    """Give listeners that are opened meanwhile higher file numbers than most connections will have.
+
+    Linux closes the files of a killed process from the highest number down. A listener that goes after connections would take, and drop,
+    the clients that ask again because their connection just broke.
+    """
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    below = [os.open(os.devnull, os.O_RDONLY) for _ in range(min(MOST_CONNECTIONS, most_files // 2))]
+    try:
+        yield
+    finally:
+        for file in below:
+            os.close(file)
 
 
 class Worker:
@@ -110,9 +129,10 @@ class Worker:
                 replica=self._settings.replica,
             )
         )
-        await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
         app = _app(self._settings, health, self._doors)
-        await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
+        with opened_above_connections():
+            await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
+            await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
         # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
@@ -177,7 +197,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
     async with AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(open_publisher(settings))
         client = await stack.enter_async_context(asking(settings, LOOKUP_S))
-        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica))
+        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica, settings.receipts_waiting))
         online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
         definitions = Definitions()
         scoring = Scoring(Models(), FeatureLookup(client, settings.features_url, online, definitions), settings.max_in_flight)

@@ -109,7 +109,8 @@ class Worker:
             case OpenDoors():
                 await self._open_doors()
             case Count():
-                return Counted(failed_requests=self._doors.scoring.failed_requests)
+                scoring = self._doors.scoring
+                return Counted(failed_requests=scoring.failed_requests, latencies=scoring.tallies.latencies)
         return Done()
 
     async def _open_doors(self) -> None:

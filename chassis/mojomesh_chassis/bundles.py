@@ -6,7 +6,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +31,9 @@ from mojomesh_contracts.bundles import (
 )
 
 ALGORITHMS = frozenset({"gbm", "drf", "glm", "xgboost", "isolationforest", "stackedensemble", "deeplearning"})
+"""What is served, each shown to score as H2O's cluster does: tests/scorer/test_parity.py."""
+CATEGORIES = frozenset({"Binomial", "Multinomial", "Regression", "AnomalyDetection"})
+ENCODINGS = frozenset({"AUTO", "Enum", "SortByResponse"})
 MAX_MOJO_BYTES = 512 * 2**20  # unpacked
 MAX_MOJO_FILES = 200_000  # a tree of a GBM is two files
 MAX_RATIO = 200  # deflate reaches 1,000 on zeros; a MOJO stays below 20
@@ -122,13 +125,25 @@ def vet_mojo(path: Path) -> str:
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, EOFError, OSError) as error:
         raise BadBundle(f"{path.name} is not a MOJO (POJOs are not served): {error}") from error
     fields = {key.strip(): value.strip() for key, mark, value in (line.partition("=") for line in info.splitlines()) if mark}
-    algorithm = fields.get("algo", "")
-    if algorithm not in ALGORITHMS:
-        raise BadBundle(f"{path.name}: algorithm '{algorithm}' is not served; served are {', '.join(sorted(ALGORITHMS))}")
+    for reason in _not_served(fields):
+        raise BadBundle(f"{path.name}: {reason}")
     for name in ("n_columns", "n_features", "n_classes", "n_domains"):
         if not fields.get(name, "").isdigit() or int(fields[name]) > MAX_COLUMNS:
             raise BadBundle(f"{path.name}: {name} is {fields.get(name, 'missing')!r}, must be a number up to {MAX_COLUMNS}")
-    return algorithm
+    return fields["algo"]
+
+
+def _not_served(fields: Mapping[str, str]) -> Iterator[str]:
+    for what, found, served in (
+        ("algorithm", fields.get("algo", ""), ALGORITHMS),
+        ("model category", fields.get("category", ""), CATEGORIES),
+        ("categorical encoding", fields.get("_genmodel_encoding", "AUTO"), ENCODINGS),
+    ):
+        if found not in served:
+            yield f"{what} '{found}' is not served; served are {', '.join(sorted(served))}"
+    if fields.get("offset_column", "null") != "null":
+        # genmodel would take every offset for zero and say nothing.
+        yield f"it was trained with the offset column '{fields['offset_column']}', which no request carries"
 
 
 def _archive_problems(entries: list[zipfile.ZipInfo]) -> Iterator[str]:

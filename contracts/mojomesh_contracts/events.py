@@ -3,7 +3,7 @@
 Within a major version (`...v1`) a field may be added with a default, never removed, renamed or given a new meaning or unit.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from uuid import UUID, uuid5
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
@@ -165,6 +165,25 @@ class SwapPhase(Frozen):
     seconds: float
 
 
+ScoredBy = Literal["flat_trees", "genmodel"]
+
+
+class WorkerSwap(Frozen):
+    """A worker process's part in a swap."""
+
+    slot: int
+    load_s: float = Field(description="To load the version beside the old one, score its golden rows, and run it warm")
+    commit_s: float = Field(description="From the order to switch to its confirmation")
+
+
+class Latency(Frozen):
+    """99th percentile of the time from a whole request to its answer inside the workers, in milliseconds; None without requests."""
+
+    before_ms: float | None = Field(default=None, description="Since the workers' start")
+    during_ms: float | None = Field(default=None, description="From the preparation to the last lease given back")
+    after_ms: float | None = Field(default=None, description="In the half second that followed")
+
+
 class ModelDeployed(Event):
     """The swap certificate of one scorer replica. Produced by scorer; read by registry."""
 
@@ -186,6 +205,11 @@ class ModelDeployed(Event):
     failed_requests: int = Field(description="Requests answered with a 5xx between prepare and drain")
     golden_rows: int
     max_golden_difference: float
+    scored_by: ScoredBy | None = Field(
+        default=None, description="What scores: the unpacked trees, or genmodel row by row; equal to the last bit"
+    )
+    per_worker: list[WorkerSwap] = []
+    p99: Latency = Latency()
 
 
 class ScoreRequested(Event):

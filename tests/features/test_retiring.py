@@ -17,11 +17,11 @@ from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Gone, Retired, maintain
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_store import retirement
 from mojomesh_store import rows as store_rows
 from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore
+from mojomesh_store.vectors import plan_of
 from tests.features.making import AppendAll, make_event
 
 SETS = ("flights", "weather", "arrivals", "crews")

@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import h2o
 from h2o.estimators import H2OGeneralizedLinearEstimator, H2OGradientBoostingEstimator, H2OXGBoostEstimator
@@ -67,6 +68,28 @@ def write_csv(path: Path, rows: list[dict[str, str | float | None]]) -> None:
         writer.writerows(rows)
 
 
+def save_model(model: Any, target: str | None, home: Path) -> list[str] | None:
+    """Write MOJO and schema into a new folder; returns the classes. Scoring order and levels are the model's own."""
+    home.mkdir()
+    Path(model.download_mojo(path=str(home))).rename(home / "model.mojo.zip")
+    names, domains = model._model_json["output"]["names"], model._model_json["output"]["domains"]
+    levels = dict(zip(names, domains, strict=True))
+    columns = [
+        {
+            "name": column,
+            "feature_set": "weather" if "." in column else "flights",
+            "feature": column.rpartition(".")[2],
+            "type": COLUMNS[column],
+            "levels": levels[column],  # a level's number is its place
+        }
+        for column in names
+        if column != target
+    ]
+    classes: list[str] | None = levels[target] if target else None
+    (home / "schema.json").write_text(json.dumps({"columns": columns, "label": target or "anomaly", "classes": classes}))
+    return classes
+
+
 def main(url: str, folder: Path) -> None:
     h2o.connect(url=url, verbose=False, strict_version_check=False)
     h2o.no_progress()
@@ -91,24 +114,7 @@ def main(url: str, folder: Path) -> None:
     for name, (model, target) in models.items():
         model.train(x=list(COLUMNS), y=target, training_frame=frame)
         home = folder / name
-        home.mkdir()
-        Path(model.download_mojo(path=str(home))).rename(home / "model.mojo.zip")
-        # Scoring order and levels are the model's own; a level's number is its place.
-        names = model._model_json["output"]["names"]
-        domains = model._model_json["output"]["domains"]
-        columns = [
-            {
-                "name": column,
-                "feature_set": "weather" if "." in column else "flights",
-                "feature": column.rpartition(".")[2],
-                "type": COLUMNS[column],
-                "levels": domain,
-            }
-            for column, domain in zip(names, domains, strict=True)
-            if column != target
-        ]
-        classes = domains[names.index(target)]
-        (home / "schema.json").write_text(json.dumps({"columns": columns, "label": target, "classes": classes}))
+        classes = save_model(model, target, home)
         scores = [
             [float(cell) for cell in (line[1:] if classes else line)]
             for line in model.predict(rows).as_data_frame(use_pandas=False, header=False)

@@ -1,33 +1,40 @@
 package mojomesh;
 
+import hex.ModelCategory;
 import hex.genmodel.MojoModel;
 import java.io.IOException;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.DoubleBuffer;
+import java.util.zip.ZipFile;
 
 /**
- * Scores blocks of rows with one MOJO, without allocating per row.
+ * Scores blocks of rows with one MOJO, without allocating per row: by its trees, unpacked, if it has any and they score as genmodel
+ * does to the last bit, else by genmodel row by row.
  *
  * <p>Rows and scores lie in two direct buffers that Python sees as numpy arrays, so one call crosses the border whatever the size of
  * the block. One object belongs to one thread, and owns its model: some MOJOs keep state between rows.
  */
 public final class BlockScorer {
+  private final String mojo;
   private final MojoModel model;
   private final int columns;
   private final int outputs;
   private final int labels;
   private final double[] row;
   private final double[] predictions;
+  private TreeModel trees; // null: genmodel scores
   private DoubleBuffer in;
   private DoubleBuffer out;
 
   public BlockScorer(String mojo) throws IOException {
+    this.mojo = mojo;
     model = MojoModel.load(mojo);
     columns = model.nfeatures();
     row = new double[columns];
     predictions = new double[model.getPredsSize(model.getModelCategory())];
-    labels = model.isClassifier() ? 1 : 0; // a classifier's first prediction is the label, which is not a score
+    // The first prediction of a classifier is the label, and of an isolation forest that flags anomalies the flag: no scores.
+    labels = model.isClassifier() || model.getModelCategory() == ModelCategory.AnomalyDetection && predictions.length == 3 ? 1 : 0;
     outputs = model.isClassifier() ? model.nclasses() : 1; // genmodel wants room for two predictions of a regression, and fills one
   }
 
@@ -54,12 +61,45 @@ public final class BlockScorer {
     out = scores.order(ByteOrder.nativeOrder()).asDoubleBuffer();
   }
 
+  /**
+   * Unpacks the trees, and lets them score from now on if they score the first rows of the buffer, and rows made from them, as genmodel.
+   *
+   * @return why genmodel goes on scoring; null if the trees do
+   */
+  public String unpack(int rows) throws IOException {
+    double[][] given = new double[rows][columns];
+    for (int i = 0; i < rows; i++) {
+      in.get(i * columns, given[i]);
+    }
+    try (ZipFile archive = new ZipFile(mojo)) {
+      trees = TreeModel.unpack(model, archive, given);
+      return null;
+    } catch (NotUnpacked reason) {
+      return reason.getMessage();
+    }
+  }
+
   /** Scores the first rows of the buffer. Returns nothing: a returned int costs JPype 32 bytes for ever. */
   public void score(int rows) {
-    for (int i = 0; i < rows; i++) {
-      in.get(i * columns, row); // a copy, since some models fill in the row's missing values
-      model.score0(row, predictions);
-      out.put(i * outputs, predictions, labels, outputs);
+    if (trees == null) {
+      for (int i = 0; i < rows; i++) {
+        in.get(i * columns, row); // a copy, since some models fill in the row's missing values
+        model.score0(row, predictions);
+        out.put(i * outputs, predictions, labels, outputs);
+      }
+      return;
+    }
+    for (int from = 0; from < rows; from += FlatTrees.BLOCK) {
+      int n = Math.min(FlatTrees.BLOCK, rows - from);
+      for (int i = 0; i < n; i++) {
+        in.get((from + i) * columns, row);
+        trees.encode(row, i);
+      }
+      trees.addUp(n);
+      for (int i = 0; i < n; i++) {
+        trees.predict(i, predictions);
+        out.put((from + i) * outputs, predictions, labels, outputs);
+      }
     }
   }
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_contracts.events import Frozen
+from mojomesh_contracts.events import Frozen, ScoredBy
 from mojomesh_scorer.errors import LoadFailed, WorkerLost
 
 LINE_BYTES = 2**20
@@ -31,6 +31,7 @@ class Loaded(Frozen):
 
     golden_rows: int
     max_golden_difference: float
+    scored_by: ScoredBy
 
 
 class Commit(Frozen):
@@ -75,15 +76,16 @@ class OpenDoors(Frozen):
 
 
 class Count(Frozen):
-    """Say how many requests failed since the worker's start."""
+    """Say how many requests failed since the worker's start, and how long the others took."""
 
     do: Literal["count"] = "count"
 
 
 class Counted(Frozen):
-    """Requests answered with a 5xx."""
+    """Requests since the worker's start."""
 
-    failed_requests: int
+    failed_requests: int = Field(description="Answered with a 5xx")
+    latencies: list[int] = Field(description="Answered with predictions, by bucket of `latencies.BOUNDS_S`")
 
 
 class Done(Frozen):

@@ -24,6 +24,12 @@ class UnknownEntity(RowsRefused):
     status = 404
 
 
+class StaleFeatures(RowsRefused):
+    """The model refuses to score from rows that are older than their max_age."""
+
+    status = 409
+
+
 class BadTensor(PermanentError):
     """A request that is not Open Inference Protocol."""
 

@@ -1,0 +1,85 @@
+package mojomesh;
+
+import biz.k11i.xgboost.Predictor;
+import biz.k11i.xgboost.gbm.Dart;
+import biz.k11i.xgboost.gbm.GBTree;
+import biz.k11i.xgboost.tree.RegTree;
+import biz.k11i.xgboost.tree.RegTreeNode;
+import hex.genmodel.GenModel;
+import hex.genmodel.algos.xgboost.XGBoostJavaMojoModel;
+import hex.genmodel.algos.xgboost.XGBoostMojoModel;
+import java.io.IOException;
+import java.util.zip.ZipFile;
+
+/**
+ * The trees of XGBoost, whose splits of one-hot columns become splits of levels. Boosters of before XGBoost 1.3 add the base score
+ * last; {@link SelfCheck} sees that they score otherwise.
+ *
+ * <p>Source: hex.genmodel.algos.xgboost.XGBoostJavaMojoModel and OneHotEncoderFactory of H2O-3 3.46, and biz.k11i.xgboost of
+ * h2oai/xgboost-predictor 0.3.20.
+ */
+final class XGBoostTrees {
+  private final XGBoostMojoModel model;
+  private final int[][] hot; // by category column and level, missing last: the one-hot column that is 1
+
+  private XGBoostTrees(XGBoostMojoModel model, int[] levels) {
+    this.model = model;
+    hot = new int[model._cats][];
+    double[] row = new double[model._cats];
+    int[] places = new int[model._cats];
+    for (int column = 0; column < hot.length; column++) {
+      hot[column] = new int[levels[column] + 1];
+      for (int level = 0; level < hot[column].length; level++) {
+        row[column] = level < levels[column] ? level : Double.NaN;
+        GenModel.setCats(row, places, model._cats, model._catOffsets, model._useAllFactorLevels);
+        hot[column][level] = places[column];
+      }
+    }
+  }
+
+  /** The booster as genmodel reads it, which keeps its own to itself. */
+  static Predictor open(ZipFile mojo) throws IOException {
+    return XGBoostJavaMojoModel.makePredictor(mojo.getInputStream(mojo.getEntry("boosterBytes")).readAllBytes(), null);
+  }
+
+  /** Lays out the trees of each class, a leaf of DART's weighted as it is added. */
+  static void read(XGBoostMojoModel model, Predictor predictor, TreeLayout layout) throws NotUnpacked {
+    if (!(predictor.getBooster() instanceof GBTree booster)) {
+      throw new NotUnpacked("its booster is " + model._boosterType + ", which is no tree");
+    }
+    XGBoostTrees reader = new XGBoostTrees(model, layout.levels);
+    RegTree[][] groups = booster.getGroupedTrees();
+    for (int k = 0; k < groups.length; k++) {
+      for (int t = 0; t < groups[k].length; t++) {
+        layout.add(k, reader.node(groups[k][t].getNodes(), 0, booster instanceof Dart dart ? dart.weight(t) : 1));
+      }
+    }
+  }
+
+  private Node node(RegTreeNode[] tree, int at, float weight) {
+    RegTreeNode node = tree[at];
+    if (node.isLeaf()) {
+      return Node.leaf(weight * node.getLeafValue());
+    }
+    Node left = node(tree, node.getLeftChildIndex(), weight);
+    Node right = node(tree, node.getRightChildIndex(), weight);
+    float below = node.getSplitCondition();
+    int index = node.getSplitIndex();
+    int nOneHot = model._catOffsets == null ? 0 : model._catOffsets[model._cats];
+    if (index >= nOneHot) {
+      return Node.numbers(model._cats + index - nOneHot, below, node.default_left(), left, right);
+    }
+    int column = 0;
+    while (model._catOffsets[column + 1] <= index) {
+      column++;
+    }
+    boolean coldLeft = model._sparse ? node.default_left() : 0 < below;
+    int[] leftLevels = new int[(hot[column].length + 31) / 32];
+    for (int level = 0; level < hot[column].length; level++) {
+      if (hot[column][level] == index ? 1 < below : coldLeft) {
+        leftLevels[level / 32] |= 1 << level;
+      }
+    }
+    return Node.levels(column, leftLevels, left, right);
+  }
+}

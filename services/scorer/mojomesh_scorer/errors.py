@@ -24,6 +24,10 @@ class UnknownEntity(RowsRefused):
     status = 404
 
 
+class NotExplained(PermanentError):
+    """The model is of a kind that has no contributions."""
+
+
 class BadTensor(PermanentError):
     """A request that is not Open Inference Protocol."""
 

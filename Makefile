@@ -60,8 +60,11 @@ demo: setup ## A year of flights through the whole mesh, in minutes; ends with r
 test: setup ## Every test, on real servers: a few minutes
 	$(BIN)/pytest
 
-test-long: setup ## The same promises over thousands of histories: hours
+test-long: setup ## The same promises over thousands of histories, and for longer under load: hours
 	$(BIN)/pytest -m long -s
+
+bench-scorer: setup ## The scorer beside other servers of the same model; writes docs/benchmarks.md, ARGS=--quick only prints
+	$(BIN)/python -m bench.scorer $(ARGS)
 
 bench-store: setup ## Sealing and point-in-time joins against other ways, in one run; ARGS=--quick for a small one
 	$(BIN)/python bench/store/run.py $(ARGS)
@@ -69,4 +72,4 @@ bench-store: setup ## Sealing and point-in-time joins against other ways, in one
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done
 
-.PHONY: help setup lock check format contracts demo test test-long bench-store images
+.PHONY: help setup lock check format contracts demo test test-long bench-scorer bench-store images

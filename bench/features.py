@@ -25,7 +25,6 @@ from mojomesh_features.champions import Champions
 from mojomesh_features.handlers import on_predictions_made
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_local import ports
 from mojomesh_local.migrating import migrate_tables
 from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
@@ -34,6 +33,7 @@ from mojomesh_local.redis import Redis
 from mojomesh_store import rows
 from mojomesh_store.online import OnlineStore, microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
+from mojomesh_store.vectors import plan_of
 
 DEFINITIONS = """
 kind: FeatureSet

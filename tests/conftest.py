@@ -68,7 +68,7 @@ def postgres_cluster(server_folder: Path) -> Iterator[Cluster]:
     """PostgreSQL with the roles of the mesh; most tests want `postgres`, a database of their own."""
     with ExitStack() as stack:
         if IN_CONTAINERS:
-            from testcontainers.postgres import PostgresContainer
+            from testcontainers.community.postgres import PostgresContainer
 
             image = os.environ.get("MOJOMESH_TEST_POSTGRES_IMAGE", "pgvector/pgvector:pg18")
             container = stack.enter_context(PostgresContainer(image, username="postgres", password=PASSWORD, dbname="postgres"))
@@ -114,7 +114,7 @@ def postgres(new_postgres: Callable[[], TestDatabase]) -> TestDatabase:
 def redis_server(server_folder: Path) -> Iterator[str]:
     with ExitStack() as stack:
         if IN_CONTAINERS:
-            from testcontainers.redis import RedisContainer
+            from testcontainers.community.redis import RedisContainer
 
             container = stack.enter_context(RedisContainer(os.environ.get("MOJOMESH_TEST_REDIS_IMAGE", "redis:7-alpine")))
             yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
@@ -136,7 +136,7 @@ def redis_url(redis_server: str) -> str:
 def kafka_server(server_folder: Path) -> Iterator[str]:
     with ExitStack() as stack:
         if IN_CONTAINERS:
-            from testcontainers.kafka import KafkaContainer
+            from testcontainers.community.kafka import KafkaContainer
 
             image = os.environ.get("MOJOMESH_TEST_KAFKA_IMAGE", "confluentinc/cp-kafka:7.6.0")
             container = KafkaContainer(image).with_kraft().with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")

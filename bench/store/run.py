@@ -41,11 +41,11 @@ from mojomesh_contracts.definitions import parse_definitions
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.segments import Extent, columns_of, duckdb_config, write_segment
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_local import ports
 from mojomesh_local.migrating import migrate_tables
 from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
 from mojomesh_store.shards import open_feature_store
+from mojomesh_store.vectors import plan_of
 
 MEMORY = "4GiB"
 FEAST = "feast==0.67.0"

@@ -160,7 +160,7 @@ class Consumer:
             try:
                 decoded.append((record, event.model_validate_json(value)))
             except ValidationError as error:
-                bad.append((record, PermanentError(f"not a {event.__name__}: {faults_of(error)}")))
+                bad.append((record, PermanentError(f"no valid {event.__name__}: {faults_of(error)}")))
         return decoded, bad
 
     async def _deliver(self, batch: list[Delivery]) -> list[Refusal]:

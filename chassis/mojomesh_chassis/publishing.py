@@ -116,13 +116,13 @@ class Publisher:
                     linger_ms=2,
                     max_batch_size=256 * 1024,
                     max_request_size=MAX_REQUEST_BYTES,
-                    compression_type="lz4",
+                    compression_type="zstd",  # a quarter of what lz4 costs in aiokafka, which asks for its slowest level, and smaller
                 )
                 try:
                     await producer.start()
                 except KafkaConnectionError as error:
                     await producer.stop()
-                    raise TransientError(f"nobody answers as Kafka at {self._kafka}: {error}") from error
+                    raise TransientError(f"nobody answers as Kafka at {self._kafka}") from error
                 self._producer = producer
             return self._producer
 

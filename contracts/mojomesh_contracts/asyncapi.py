@@ -69,7 +69,7 @@ MESH: tuple[Part, ...] = (
     Part(
         "scorer",
         work=(ScoreRequested,),
-        broadcast=(ModelPromoted,),
+        broadcast=(DefinitionApplied, ModelPromoted),
         publishes=(PredictionsMade, ModelDeployed),
     ),
 )

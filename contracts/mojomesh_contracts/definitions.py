@@ -167,6 +167,11 @@ class Model(Definition):
     walk_forward: WalkForward
     gate: Gate = Gate()
     drift: DriftPolicy = DriftPolicy()
+    stale: Literal["missing", "serve", "refuse"] = Field(
+        default="missing",
+        description="What scoring by entity does with a joined row that is older than its max_age: has its columns missing, as training "
+        "has; serves it all the same; or refuses to score",
+    )
     known_at: Literal["snapshot", "row"] = Field(
         default="snapshot",
         description="What a training row sees of its features: all that was known at the snapshot, or only what was reported "

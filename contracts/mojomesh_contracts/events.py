@@ -168,6 +168,22 @@ class SwapPhase(Frozen):
 ScoredBy = Literal["flat_trees", "genmodel"]
 
 
+class WorkerSwap(Frozen):
+    """A worker process's part in a swap."""
+
+    slot: int
+    load_s: float = Field(description="To load the version beside the old one, score its golden rows, and run it warm")
+    commit_s: float = Field(description="From the order to switch to its confirmation")
+
+
+class Latency(Frozen):
+    """99th percentile of the time from a whole request to its answer inside the workers, in milliseconds; None without requests."""
+
+    before_ms: float | None = Field(default=None, description="Since the workers' start")
+    during_ms: float | None = Field(default=None, description="From the preparation to the last lease given back")
+    after_ms: float | None = Field(default=None, description="In the half second that followed")
+
+
 class ModelDeployed(Event):
     """The swap certificate of one scorer replica. Produced by scorer; read by registry."""
 
@@ -192,6 +208,8 @@ class ModelDeployed(Event):
     scored_by: ScoredBy | None = Field(
         default=None, description="What scores: the unpacked trees, or genmodel row by row; equal to the last bit"
     )
+    per_worker: list[WorkerSwap] = []
+    p99: Latency = Latency()
 
 
 class ScoreRequested(Event):

@@ -29,10 +29,10 @@ from mojomesh_contracts.events import EventReceived
 from mojomesh_features.known import KnownRows
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_store import rows as store_rows
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
+from mojomesh_store.vectors import plan_of
 from tests.features.definition import HOUR, TrainingRow, expected_rows
 from tests.features.making import DEFINITIONS, NOON, make_event
 

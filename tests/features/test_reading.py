@@ -20,14 +20,14 @@ from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import FeaturesWritten
 from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.handlers import on_features_written
-from mojomesh_features.reading import AsOf, FeatureReader
-from mojomesh_features.vectors import plan_of
+from mojomesh_features.reading import FeatureReader
 from mojomesh_local import ports
 from mojomesh_local.processes import Child
 from mojomesh_local.redis import Redis as RedisServer
 from mojomesh_store.online import Entity, OnlineRow, OnlineStore, Window, microseconds
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow
+from mojomesh_store.vectors import AsOf, plan_of
 from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)

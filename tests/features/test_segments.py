@@ -25,12 +25,12 @@ from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.definitions import Model, parse_definition
 from mojomesh_features.sealing import Due, Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_store import rows as store_rows
 from mojomesh_store import segments
 from mojomesh_store.segments import Segment
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
+from mojomesh_store.vectors import plan_of
 from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)

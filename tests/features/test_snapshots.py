@@ -15,12 +15,12 @@ from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import EventReceived
-from mojomesh_features.errors import UnusableDefinition
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import plan_of
 from mojomesh_store import rows as store_rows
+from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.shards import FeatureStore, open_feature_store
+from mojomesh_store.vectors import plan_of
 from tests.features.definition import TrainingRow, as_learned
 from tests.features.making import NOON, Append, AppendAll, make_event
 

@@ -1,6 +1,7 @@
 """The commands that start, examine and stop a mesh, as a person types them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ from mojomesh_local.processes import kill_leftover
 from mojomesh_local.state import StateFolder
 
 
-def mojomesh(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def mojomesh(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "mojomesh_cli.main", *arguments, "--state", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env={**os.environ, **env})
 
 
 def test_a_mesh_is_started_examined_stopped_and_forgotten(tmp_path: Path) -> None:
@@ -65,6 +66,23 @@ def test_status_tells_a_server_that_does_not_answer(tmp_path: Path) -> None:
         assert json.loads(status.stdout)["parts"]["redis"]["problem"]
     finally:
         mojomesh(folder, "down")
+
+
+def test_a_mesh_that_did_not_come_up_says_why_once_and_again_when_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "mesh"
+
+    refused = mojomesh(folder, "up", "--detach", "--only", "kafka", MOJOMESH_KAFKA="127.0.0.1:9")
+    status = mojomesh(folder, "status")
+
+    reason = "MOJOMESH_KAFKA names a server of your own, 127.0.0.1:9, which does not answer: no Kafka there."
+    assert refused.stderr.startswith(f"mojomesh: {reason}")
+    assert status.stdout.startswith(f"The mesh in {folder} is failed.\n{reason}")
+
+
+def test_a_command_says_in_one_line_that_kafka_does_not_answer(tmp_path: Path) -> None:
+    refused = mojomesh(tmp_path / "mesh", "dlt", "list", MOJOMESH_KAFKA="127.0.0.1:9")
+
+    assert refused.stderr == ("mojomesh: nobody answers as Kafka at 127.0.0.1:9. Look with `mojomesh status`, start with `mojomesh up`.\n")
 
 
 def test_reset_deletes_nothing_but_a_state_folder(tmp_path: Path) -> None:

@@ -243,6 +243,16 @@ async def running_scorer(env: dict[str, str], keys: Keys, folder: Path) -> Async
         child.stop()
 
 
+async def all_serving(scorer: Scorer, n_workers: int) -> list[int]:
+    """Process ids of the workers, once there are so many and all listen."""
+    while True:
+        workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
+        if len(workers) == n_workers and all(worker["open"] for worker in workers):
+            assert all(worker["serving"] == {"delay": 1} for worker in workers)
+            return [worker["pid"] for worker in workers]
+        await asyncio.sleep(0.05)
+
+
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 

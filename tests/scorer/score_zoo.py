@@ -1,7 +1,7 @@
 """A child of the test session, since a JVM cannot be ended within one: scores the rows of `train_zoo.py` with each of its models.
 
-Writes `found.npy`, and `explained.npy` where H2O explained its scores too, beside a model's MOJO, and prints, as JSON, what scored it by its
-name. Usage: python -m tests.scorer.score_zoo FOLDER
+Writes `found.npy`, and `explained.npy` where H2O explained its scores too, beside a model's MOJO, and prints, as JSON, what scored it by
+its name. Usage: python -m tests.scorer.score_zoo FOLDER
 """
 
 import json

@@ -1,11 +1,18 @@
 import asyncio
 import json
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import httpx
+import pytest
+from redis.asyncio import Redis
 
+from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError, TransientError
+from mojomesh_chassis.redis import open_redis
+from mojomesh_contracts.definitions import parse_definitions
 from mojomesh_scorer.lookups import FEW_ROWS, EntityAt, FeatureLookup, Found
+from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, microseconds
 
 AT = datetime(2013, 5, 1, tzinfo=UTC)
 
@@ -27,8 +34,10 @@ class Features:
             return httpx.Response(self.status if self.status != 200 else 422)
         return httpx.Response(200, json={"rows": [{"values": {"carrier": entity_id}} for entity_id in rows]})
 
-    def lookup(self) -> FeatureLookup:
-        return FeatureLookup(httpx.AsyncClient(transport=httpx.MockTransport(self.answer)), "http://features")
+    def lookup(self, online: OnlineStore | None = None, definitions: Definitions | None = None) -> FeatureLookup:
+        client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
+        nowhere = OnlineStore(Redis.from_url("redis://127.0.0.1:9/0"))
+        return FeatureLookup(client, "http://features", online or nowhere, definitions or Definitions())
 
 
 async def ask(lookup: FeatureLookup, *entity_ids: str) -> list[str]:
@@ -103,3 +112,124 @@ async def test_a_large_block_does_not_wait_for_others() -> None:
 
     assert len(await block) == FEW_ROWS + 1
     assert await first == ["a"]
+
+
+async def test_a_service_that_does_not_answer_is_left_alone_for_a_while() -> None:
+    features = Features()
+    features.let.set()
+    features.status = 503
+    lookup = features.lookup()
+    lookup._client = httpx.AsyncClient(transport=httpx.MockTransport(_no_answer))
+
+    for _ in range(3):
+        with pytest.raises(TransientError, match="does not answer"):
+            await ask(lookup, "a")
+
+    with pytest.raises(TransientError, match="did not answer; it is asked again within 2 s"):
+        await ask(lookup, "a")
+
+
+def _no_answer(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+DEFINITIONS = """
+kind: FeatureSet
+name: flights
+entity: flight_id
+features: {carrier: {type: category}, origin: {type: category}}
+---
+kind: FeatureSet
+name: weather
+entity: airport
+features: {temp: {type: number}}
+---
+kind: FeatureSet
+name: arrivals
+entity: flight_id
+features: {late: {type: boolean}}
+---
+kind: Model
+name: flight-delay
+spine: flights
+label: {feature_set: arrivals, column: late, type: binary}
+features: [{feature_set: flights, columns: [carrier]}, {feature_set: weather, join: origin, max_age: 3h}]
+algorithm: {name: gbm}
+walk_forward: {n_windows: 2, train: expanding, test: 15d, step: 15d}
+stale: STALE
+"""
+
+
+@pytest.fixture
+async def online(redis_url: str) -> AsyncIterator[OnlineStore]:
+    async with open_redis(redis_url, timeout_s=10) as client:
+        yield OnlineStore(client, chance=lambda: 1.0)
+
+
+def declared(stale: str = "missing") -> Definitions:
+    return Definitions(*parse_definitions(DEFINITIONS.replace("STALE", stale)))
+
+
+async def keep(online: OnlineStore, entity: Entity, event_time: datetime, values: str) -> None:
+    await online.windows([entity])  # makes the generation, the first time
+    generation, _ = await online.windows([entity])
+    row = OnlineRow(microseconds(event_time), 100, 1, 100, values.encode())
+    await online.keep(generation, {entity: Window.of([row], ROWS_KEPT)}, 1.0)
+
+
+async def n_round_trips(online: OnlineStore) -> int:
+    stats = await online.redis.info("commandstats")
+    return int(stats.get("cmdstat_mget", {"calls": 0})["calls"])
+
+
+async def test_many_entities_take_two_round_trips_to_redis_and_none_to_the_service(online: OnlineStore) -> None:
+    features = Features()
+    for number in range(10):
+        await keep(online, ("flights", f"F{number}"), AT, f'{{"carrier":"C{number}","origin":"JFK"}}')
+    await keep(online, ("weather", "JFK"), AT - timedelta(hours=2), '{"temp":12.5}')
+    before = await n_round_trips(online)
+
+    found = await features.lookup(online, declared()).vectors("flight-delay", [EntityAt(f"F{number}", AT) for number in range(10)])
+
+    assert [one.values for one in found] == [{"carrier": f"C{number}", "weather.temp": 12.5} for number in range(10)]
+    assert found[0].ages_ms == {"flights": 0, "weather": 2 * 3600 * 1000}
+    assert [key.feature_set for key in found[0].used] == ["flights", "weather"]
+    assert await n_round_trips(online) - before == 2
+    assert features.calls == []
+
+
+async def test_what_redis_does_not_know_for_certain_is_asked_of_the_service(online: OnlineStore) -> None:
+    features = Features()
+    features.let.set()
+    await keep(online, ("flights", "known"), AT, '{"carrier":"UA","origin":null}')
+    await keep(online, ("flights", "no-weather"), AT, '{"carrier":"UA","origin":"EWR"}')
+
+    answers = await ask(features.lookup(online, declared()), "known", "unknown", "no-weather")
+
+    assert answers == ["UA", "unknown", "no-weather"]
+    assert features.calls == [["unknown", "no-weather"]]
+
+
+async def test_an_entity_without_rows_is_known_to_have_none(online: OnlineStore) -> None:
+    await online.windows([("flights", "nobody")])
+    generation, _ = await online.windows([("flights", "nobody")])
+    await online.keep(generation, {("flights", "nobody"): Window.of([], ROWS_KEPT)}, 1.0)
+
+    (found,) = await Features().lookup(online, declared()).vectors("flight-delay", [EntityAt("nobody", AT)])
+
+    assert found.error is not None
+    assert "'flights' has no row of 'nobody'" in found.error
+
+
+@pytest.mark.parametrize("stale", ["missing", "serve", "refuse"])
+async def test_a_row_older_than_it_may_be_is_used_as_the_model_says(online: OnlineStore, stale: str) -> None:
+    await keep(online, ("flights", "F1"), AT, '{"carrier":"UA","origin":"JFK"}')
+    await keep(online, ("weather", "JFK"), AT - timedelta(hours=4), '{"temp":12.5}')
+
+    (found,) = await Features().lookup(online, declared(stale)).vectors("flight-delay", [EntityAt("F1", AT)])
+
+    if stale == "refuse":
+        assert found.refused == "'weather' of 'JFK' is 4:00:00 old, and may be 3:00:00"
+    else:
+        assert found.values == {"carrier": "UA", "weather.temp": 12.5 if stale == "serve" else None}
+        assert found.ages_ms.get("weather") == (4 * 3600 * 1000 if stale == "serve" else None)

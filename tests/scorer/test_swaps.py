@@ -78,6 +78,11 @@ async def test_a_swap_under_load_fails_no_request_and_each_reply_is_of_the_versi
     assert (second.version, second.previous_version, second.succeeded, second.reason) == (2, 1, True, None)
     assert (second.workers, second.drained, second.failed_requests, second.golden_rows) == (2, True, 0, 20)
     assert second.max_golden_difference <= TOLERANCE
+    assert sorted(worker.slot for worker in second.per_worker) == [0, 1]
+    assert all(worker.load_s > worker.commit_s > 0 for worker in second.per_worker)
+    assert second.p99.before_ms is not None
+    assert second.p99.during_ms is not None
+    assert second.p99.after_ms is not None
     assert [phase.name for phase in second.phases] == ["fetch and verify", "probe", "load", "commit", "drain"]
     # The version before was kept warm, and needs no second probe.
     assert (back.version, back.previous_version) == (1, 2)

@@ -9,17 +9,7 @@ import psutil
 import pytest
 
 from mojomesh_contracts.events import ScoreRequested
-from tests.scorer.making import Registry, Scorer, StartScorer, Trained, read_predictions, under_load
-
-
-async def all_serving(scorer: Scorer, n_workers: int) -> list[int]:
-    """Process ids of the workers, once there are so many and all listen."""
-    while True:
-        workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
-        if len(workers) == n_workers and all(worker["open"] for worker in workers):
-            assert all(worker["serving"] == {"delay": 1} for worker in workers)
-            return [worker["pid"] for worker in workers]
-        await asyncio.sleep(0.05)
+from tests.scorer.making import Registry, StartScorer, Trained, all_serving, read_predictions, under_load
 
 
 async def test_a_worker_killed_under_load_is_replaced_with_its_models_loaded(
@@ -107,6 +97,20 @@ async def test_a_scorer_that_is_asked_to_stop_loses_no_receipt(
 
     ids = {answer["prediction_id"] for answer in answers}
     await read_predictions(kafka, ids)
+
+
+async def test_receipts_that_have_no_room_to_wait_are_dropped_and_counted(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
+) -> None:
+    trained = models["binomial"]
+    await registry.promote("delay", 1, await registry.store(trained, "delay"))
+    scorer = await start_scorer(SCORER_WORKERS="1", SCORER_RECEIPTS_WAITING="0")
+
+    for row in trained.rows[:20]:
+        await scorer.score("delay", row)
+
+    metrics = (await scorer.admin.get("/metrics")).text.splitlines()
+    assert 'mojomesh_scorer_receipts_dropped_total{part="workers"} 20.0' in metrics
 
 
 async def test_requests_on_kafka_go_on_when_a_worker_is_killed(

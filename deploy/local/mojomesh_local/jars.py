@@ -66,7 +66,7 @@ def place_of(name: str) -> Path:
 
 
 def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
-    resolved = _resolve(endpoint)
+    resolved = resolve(endpoint)
     if resolved.keys() != digests.keys():
         raise JarMismatch(f"{endpoint} resolves to other jars than those pinned in {PINS}: {sorted(resolved.keys() ^ digests.keys())}")
     folder_of(name).mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,12 @@ def _fetch(name: str, endpoint: str, digests: dict[str, str]) -> None:
         unfinished.rename(folder_of(name) / jar)
 
 
-def _resolve(endpoint: str) -> dict[str, Path]:
+def resolve(endpoint: str) -> dict[str, Path]:
+    """The jars of an endpoint (`group:artifact:version`, several joined by `+`) and of all it needs, by file name, in jgo's own cache.
+
+    Raises:
+        LocalError: There is no way to the Maven repository.
+    """
     # Here, since every command imports this module and none but set-up resolves anything.
     import jgo
     from requests import RequestException
@@ -118,7 +123,7 @@ def compile_block_scorer() -> None:
 
 def write_pins() -> None:
     """Pin what the endpoints resolve to now: for whoever raises a version, never part of set-up."""
-    lines = [f"{digest_of(path)}  {name}/{jar}" for name, endpoint in ENDPOINTS.items() for jar, path in _resolve(endpoint).items()]
+    lines = [f"{digest_of(path)}  {name}/{jar}" for name, endpoint in ENDPOINTS.items() for jar, path in resolve(endpoint).items()]
     PINS.write_text("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")
 
 

@@ -4,7 +4,7 @@ import platform
 import sys
 
 
-def problems() -> list[str]:
+def problems() -> "list[str]":  # quoted for the old Pythons that are to read it
     """What keeps the mesh from running here, each with what to do; empty when nothing does."""
     found = []
     machine = f"{platform.system()} {platform.machine()}"

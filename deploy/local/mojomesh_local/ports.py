@@ -40,7 +40,7 @@ def says_ok(url: str) -> bool:
     try:
         with opener.open(url, timeout=2) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, http.client.HTTPException, OSError):
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):  # ValueError: no URL
         return False
 
 

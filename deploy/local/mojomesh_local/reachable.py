@@ -56,7 +56,7 @@ async def _postgres(url: str) -> str | None:
 
     try:
         connection = await asyncpg.connect(url, timeout=5)
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         return str(error) or type(error).__name__
     await connection.close()
     return None
@@ -66,21 +66,23 @@ def _redis(url: str) -> str | None:
     from redis import Redis
     from redis.exceptions import RedisError
 
-    with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
-        try:
+    try:
+        with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
             client.ping()
-        except RedisError as error:
-            return str(error)
+    except (RedisError, ValueError) as error:  # ValueError: what was given is no URL of a Redis
+        return str(error).rstrip(".")
     return None
 
 
 async def _kafka(bootstrap: str) -> str | None:
     from aiokafka.admin import AIOKafkaAdminClient
-    from aiokafka.errors import KafkaError
+    from aiokafka.errors import KafkaConnectionError, KafkaError
 
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=5_000)
     try:
         await admin.start()
+    except KafkaConnectionError:
+        return "no Kafka there"
     except KafkaError as error:
         return str(error)
     finally:

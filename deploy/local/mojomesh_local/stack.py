@@ -115,7 +115,7 @@ class Mesh:
             if status and status.pid == process.pid and status.phase == "running":
                 return
             if ended:
-                raise StartFailed(_end_of(self.log("up")))
+                raise StartFailed(status.error if status and status.pid == process.pid and status.error else _end_of(self.log("up")))
             time.sleep(0.05)
 
     def stop(self) -> bool:
@@ -145,6 +145,7 @@ def launch(
 
     Raises:
         AlreadyRunning: There is one.
+        DiskFull: Not even its log could be trusted to hold what it says.
     """
     if state.is_up:
         raise already_running(state)
@@ -195,7 +196,7 @@ def _main() -> None:
     try:
         up(StateFolder.at(wanted.state), lambda part, phase: print(f"{part}: {phase}", flush=True), wanted.only)  # noqa: T201
     except LocalError as error:
-        sys.exit(f"mojomesh: {error}")
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -98,24 +98,24 @@ class StateFolder:
             return True
 
     def make(self) -> None:
-        """Make the folder, where missing. Nobody but its user may look into it."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for folder in ("logs", "objects", "keys", "held"):
-            (self.path / folder).mkdir(exist_ok=True)
-
-    def prepare(self) -> None:
-        """Make the folder and its keys, where missing.
+        """Make the folder, where missing. Nobody but its user may look into it.
 
         Raises:
             DiskFull: A broker or a database could not be trusted to keep what it acknowledges.
         """
-        self.make()
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         free = shutil.disk_usage(self.path).free
         if free < MIN_FREE_BYTES:
             raise DiskFull(
                 f"Only {free / 1e9:.1f} GB are free at {self.path}, and a mesh needs {MIN_FREE_BYTES / 1e9:.0f} GB to be safe. "
                 "Make room, or choose another folder with --state."
             )
+        for folder in ("logs", "objects", "keys", "held"):
+            (self.path / folder).mkdir(exist_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folder and its keys, where missing; what `make` refuses, it refuses."""
+        self.make()
         for held in (self.path / "held").iterdir():
             held.unlink()
         if not self.signing_key.exists():

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from mojomesh_contracts.bundles import Column
 from mojomesh_features.known import KnownRows, feature_column
-from mojomesh_features.vectors import Plan, Source
+from mojomesh_store.vectors import Plan, Source
 
 _ORDER = "event_us::HUGEINT * 9223372036854775808 + created_us"
 _MICROSECOND = timedelta(microseconds=1)

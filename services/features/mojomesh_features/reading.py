@@ -7,13 +7,10 @@ from typing import TypeVar
 
 from mojomesh_chassis.database import Database
 from mojomesh_features.coalescing import Coalescer
-from mojomesh_features.vectors import Plan, Vector, vector_of
 from mojomesh_store import rows
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore
-
-AsOf = tuple[Entity, int]
-"""An entity, and the event time in microseconds since 1970 as of which its row is asked for."""
+from mojomesh_store.vectors import AsOf, Plan, Vector, vectors
 
 _NOW_KNOWN = datetime.max.replace(tzinfo=UTC)
 
@@ -46,18 +43,8 @@ class FeatureReader:
 
     async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]]) -> list[Vector | None]:
         """A model's vector of each entity_id at its event time (microseconds since 1970); None where the spine has no row."""
-        own_sets = plan.same_entity_sets
-        found = await self.at([((feature_set, entity_id), at) for entity_id, at in asked for feature_set in own_sets])
-        joined = []
-        for entity_id, at in asked:
-            spine_row = found[(plan.model.spine, entity_id), at]
-            joined.append(plan.joined(entity_id, spine_row.values) if spine_row is not None else [])
-        found |= await self.at([(entity, at) for entities, (_, at) in zip(joined, asked, strict=True) for entity in entities])
-        vectors = []
-        for entities, (entity_id, at) in zip(joined, asked, strict=True):
-            own = [(feature_set, entity_id) for feature_set in own_sets]
-            vectors.append(vector_of(plan, entity_id, at, {entity: found[entity, at] for entity in [*own, *entities]}))
-        return vectors
+        found = await vectors(plan, asked, self.at)
+        return [found[place] for place in range(len(asked))]
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window]:
         """The newest rows of each entity, from Redis or loaded and kept there; not coalesced with what others ask."""

@@ -17,12 +17,12 @@ from mojomesh_chassis.errors import NotFound
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
-from mojomesh_features.reading import AsOf, FeatureReader
+from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
-from mojomesh_features.vectors import Vector, plan_of
 from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
 from mojomesh_store.shards import FeatureStore
+from mojomesh_store.vectors import AsOf, Vector, plan_of
 
 router = APIRouter()
 
@@ -148,8 +148,11 @@ async def seal(definitions: SomeDefinitions, sealer: ASealer) -> dict[str, Any]:
 
 
 @router.get("/v1/drift/{model}")
-async def drift(model: str, database: ADatabase, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+async def drift(
+    model: str, database: ADatabase, definitions: SomeDefinitions, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+) -> Response:
     """The last windows of a model against its champions' baselines, and the alerts they led to."""
+    definitions.model(model)  # refuses a name that nobody defined
     async with database.begin() as db:
         windows, alerts = await tables.drift_of(db, model, limit)
     return _json({"model": model, "windows": windows, "alerts": alerts})
@@ -190,6 +193,8 @@ def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
 def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[str, Any]:
     if vector is None:
         return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
+    if vector.too_old:
+        return {"refused": "; ".join(vector.too_old)}
     return {"values": vector.values, "used": [_key(*used) for used in vector.used.items()], "ages_ms": vector.ages_ms}
 
 

@@ -21,12 +21,12 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Feature, Label
-from mojomesh_features.errors import UnusableDefinition
 from mojomesh_features.joining import training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
-from mojomesh_features.vectors import Plan
+from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.shards import FeatureStore
+from mojomesh_store.vectors import Plan
 
 _LABELS = {"binary": ("boolean", "number"), "number": ("number",), "multiclass": ("category",)}
 _KEYS = ("entity_id", "event_time", "label_time", "label")

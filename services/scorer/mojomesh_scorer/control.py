@@ -76,15 +76,16 @@ class OpenDoors(Frozen):
 
 
 class Count(Frozen):
-    """Say how many requests failed since the worker's start."""
+    """Say how many requests failed since the worker's start, and how long the others took."""
 
     do: Literal["count"] = "count"
 
 
 class Counted(Frozen):
-    """Requests answered with a 5xx."""
+    """Requests since the worker's start."""
 
-    failed_requests: int
+    failed_requests: int = Field(description="Answered with a 5xx")
+    latencies: list[int] = Field(description="Answered with predictions, by bucket of `latencies.BOUNDS_S`")
 
 
 class Done(Frozen):

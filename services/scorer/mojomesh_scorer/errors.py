@@ -28,6 +28,12 @@ class NotExplained(PermanentError):
     """The model is of a kind that has no contributions."""
 
 
+class StaleFeatures(RowsRefused):
+    """The model refuses to score from rows that are older than their max_age."""
+
+    status = 409
+
+
 class BadTensor(PermanentError):
     """A request that is not Open Inference Protocol."""
 

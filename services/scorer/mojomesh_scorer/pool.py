@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Frozen
+from mojomesh_contracts.events import Frozen, WorkerSwap
 from mojomesh_scorer.control import (
     Asking,
     Command,
@@ -55,6 +55,22 @@ class Served:
 
 
 @dataclass(frozen=True)
+class Staged:
+    """A version that a worker has loaded beside the one that serves."""
+
+    served: Served
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Switched:
+    """A worker's switch to a version, and how many requests were in flight there on the one before."""
+
+    worker: WorkerSwap
+    in_flight: int
+
+
+@dataclass(frozen=True)
 class Ports:
     """The ports that workers share. Bound here without listening: the numbers stay ours and no connection comes to the supervisor."""
 
@@ -74,7 +90,7 @@ class Worker:
         self.process = process
         self.open = False
         self.serving: dict[str, Served] = {}
-        self._staged: dict[str, Served] = {}
+        self._staged: dict[str, Staged] = {}
         self._asking = asking
 
     async def load(self, served: Served) -> Loaded:
@@ -85,17 +101,21 @@ class Worker:
             WorkerLost: It died over it, or of something else meanwhile.
         """
         command = Load(model=served.model, version=served.version, digest=served.digest, folder=served.folder)
+        began = time.perf_counter()
         loaded = await self._ask(command, Loaded)
-        self._staged[served.model] = served
+        self._staged[served.model] = Staged(served, time.perf_counter() - began)
         return loaded
 
-    async def commit(self, served: Served) -> int:
-        """Let a version serve, loaded now if it was not staged; returns the requests in flight on the one before."""
-        if self._staged.get(served.model) != served:
+    async def commit(self, served: Served) -> Switched:
+        """Let a version serve, loaded now if it was not staged."""
+        if (staged := self._staged.get(served.model)) is None or staged.served != served:
             await self.load(served)
+        began = time.perf_counter()
         committed = await self._ask(Commit(model=served.model, digest=served.digest), Committed)
-        self.serving[served.model] = self._staged.pop(served.model)
-        return committed.in_flight
+        commit_s = time.perf_counter() - began
+        self.serving[served.model] = served
+        load_s = self._staged.pop(served.model).load_s
+        return Switched(WorkerSwap(slot=self.slot, load_s=load_s, commit_s=commit_s), committed.in_flight)
 
     async def discard(self, model: str) -> None:
         """Forget what is staged."""
@@ -111,9 +131,9 @@ class Worker:
         await self._ask(OpenDoors(), Done)
         self.open = True
 
-    async def failed_requests(self) -> int:
-        """How many it answered with a 5xx since its start."""
-        return (await self._ask(Count(), Counted)).failed_requests
+    async def count(self) -> Counted:
+        """What it answered since its start."""
+        return await self._ask(Count(), Counted)
 
     async def end(self) -> None:
         """Make sure that it is gone."""
@@ -156,30 +176,30 @@ class Pool:
                 await self._some_member.wait()
         except TimeoutError:
             raise WorkerLost("no worker is up") from None
-        outcomes = await asyncio.gather(*(worker.load(served) for worker in self.members), return_exceptions=True)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if failures:
+        try:
+            # One after the other: while one loads, the others have the cores.
+            return [await worker.load(served) for worker in list(self.members)]
+        except (LoadFailed, WorkerLost):
             await self._of_all([worker.discard(served.model) for worker in self.members])
-            raise failures[0]
-        return [outcome for outcome in outcomes if isinstance(outcome, Loaded)]
+            raise
 
-    async def commit(self, served: Served) -> int:
-        """Let a version serve in every worker; returns the requests in flight on the one before.
+    async def commit(self, served: Served) -> list[Switched]:
+        """Let a version serve in every worker.
 
         A worker lost meanwhile is no obstacle: its replacement comes up with this version.
         """
         self.served[served.model] = served
-        return sum(await self._of_all([worker.commit(served) for worker in self.members]))
+        return await self._of_all([worker.commit(served) for worker in self.members])
 
     async def drain(self, model: str, timeout_s: float) -> bool:
         """Whether all requests on the version before ended in time."""
         return all(await self._of_all([worker.drain(model, timeout_s) for worker in self.members]))
 
-    async def failed_requests(self) -> dict[int, int]:
-        """Requests answered with a 5xx, by process id of the worker."""
+    async def counts(self) -> dict[int, Counted]:
+        """What the workers answered, by process id."""
         workers = list(self.members)
-        counts = await asyncio.gather(*(worker.failed_requests() for worker in workers), return_exceptions=True)
-        return {worker.process.pid: count for worker, count in zip(workers, counts, strict=True) if isinstance(count, int)}
+        counts = await asyncio.gather(*(worker.count() for worker in workers), return_exceptions=True)
+        return {worker.process.pid: count for worker, count in zip(workers, counts, strict=True) if isinstance(count, Counted)}
 
     def open_doors(self) -> None:
         """Let the workers listen, these and every later one."""

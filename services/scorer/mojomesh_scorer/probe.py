@@ -18,6 +18,7 @@ from mojomesh_scorer.parent import die_with
 def main(folder: Path, heap_mb: int, parent: int) -> None:
     """Load, score, answer; any failure ends the process with its reason as the last line of standard error."""
     die_with(parent)
+    os.nice(10)  # requests go first
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what Java prints must not get among the scores
     inputs = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)

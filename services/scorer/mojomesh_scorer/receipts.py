@@ -18,7 +18,6 @@ from mojomesh_scorer.scoring import NO_ROW, Scored
 
 BLOCK_S = 0.05  # a killed worker loses at most these receipts, and those that are on their way: 100 ms
 BLOCK_CELLS, BLOCK_ROWS = 20_000, 1_000  # most of a record; keeps it well under what the topic takes
-MAX_WAITING = 100_000  # predictions whose receipts wait for Kafka; more are dropped, and counted
 DURABLE_S = 10.0
 CLOSE_S = 5.0
 
@@ -70,9 +69,10 @@ _Kept = tuple[Scored, trace.SpanContext]
 class Receipts:
     """Gathers predictions and publishes them in blocks."""
 
-    def __init__(self, publisher: Publisher, replica: str) -> None:
+    def __init__(self, publisher: Publisher, replica: str, max_waiting: int) -> None:
         self._publisher = publisher
         self._replica = replica
+        self._max_waiting = max_waiting
         self._waiting: list[_Kept] = []
         self._leaving: list[_Kept] = []
         self._n_waiting = 0
@@ -80,7 +80,7 @@ class Receipts:
 
     def add(self, scored: Scored) -> None:
         """Keep the receipts for the next block, or drop them when too many wait."""
-        if self._n_waiting + len(scored.scores) > MAX_WAITING:
+        if self._n_waiting + len(scored.scores) > self._max_waiting:
             _DROPPED.inc(len(scored.scores))
             return
         self._n_waiting += len(scored.scores)
@@ -134,9 +134,9 @@ class Receipts:
 
 
 @asynccontextmanager
-async def open_receipts(publisher: Publisher, replica: str) -> AsyncIterator[Receipts]:
+async def open_receipts(publisher: Publisher, replica: str, max_waiting: int) -> AsyncIterator[Receipts]:
     """Receipts that are published while this is open, and to the last one when it closes."""
-    receipts = Receipts(publisher, replica)
+    receipts = Receipts(publisher, replica, max_waiting)
     publishing = asyncio.create_task(receipts.publish_blocks())
     try:
         yield receipts

@@ -12,7 +12,7 @@ from prometheus_client import Counter
 from mojomesh_chassis.errors import Busy, PermanentError, TooLarge
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_scorer.encoding import Encoded, Encoder
-from mojomesh_scorer.errors import UnknownEntity
+from mojomesh_scorer.errors import StaleFeatures, UnknownEntity
 from mojomesh_scorer.identity import PredictionIds
 from mojomesh_scorer.lookups import EntityAt, FeatureLookup, Found
 from mojomesh_scorer.models import LoadedModel, Models
@@ -100,7 +100,8 @@ class Scoring:
 
         Raises:
             NotServed: The model, or this version of it, is not served.
-            RowsRefused: Some rows do not fit the model, or name entities without features (UnknownEntity).
+            RowsRefused: Some rows do not fit the model, or name entities without features (UnknownEntity) or with too old ones
+                (StaleFeatures).
             TransientError: Features does not answer.
         """
         self.models.find(name, version)
@@ -111,6 +112,8 @@ class Scoring:
         found = [next(arriving) if row.values is None else None for row in rows]
         if unknown := {place: f"{rows[place].entity_id}: {vector.error}" for place, vector in enumerate(found) if vector and vector.error}:
             raise UnknownEntity(unknown, len(rows))
+        if stale := {place: vector.refused for place, vector in enumerate(found) if vector and vector.refused}:
+            raise StaleFeatures(stale, len(rows))
 
         def encode(encoder: Encoder) -> Encoded:
             encoder.check_rows([row.values or {} for row in rows])  # what features sends may be more than this version takes

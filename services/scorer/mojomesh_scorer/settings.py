@@ -19,6 +19,11 @@ class Settings(MeshSettings):
     workers: int = Field(default=2, ge=1, le=64, description="Processes that score; one a core")
     heap_mb: int = Field(default=256, ge=64, description="Java heap of a worker, and of the probe")
     max_in_flight: int = Field(default=256, ge=1, description="Requests in a worker beyond which it answers 429")
+    receipts_waiting: int = Field(
+        default=100_000,
+        ge=0,
+        description="Predictions in a worker whose receipts wait for Kafka; more are dropped, and counted. 0 keeps none",
+    )
     folder: Path | None = Field(default=None, description="Its own, for fetched bundles and counters; by default one that goes with it")
     drain_s: float = Field(default=10.0, gt=0, description="How long a swap waits for requests that the old version is answering")
 

@@ -16,13 +16,16 @@ from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import ModelDeployed, ModelPromoted, SwapPhase
-from mojomesh_scorer.control import Loaded
+from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase
+from mojomesh_scorer.control import Counted, Loaded
 from mojomesh_scorer.errors import WorkerLost
 from mojomesh_scorer.golden import check_golden, golden_rows
-from mojomesh_scorer.pool import Pool, Served
+from mojomesh_scorer.latencies import added, p99_ms
+from mojomesh_scorer.pool import Pool, Served, Switched
 from mojomesh_scorer.probing import score_in_probe
 from mojomesh_scorer.settings import Settings
+
+AFTER_S = 0.5
 
 
 @dataclass
@@ -105,21 +108,30 @@ class Swaps:
 
     async def _swap(self, model: str, version: int, digest: str) -> ModelDeployed:
         swap = _Swap(model, version, digest, previous=self._pool.served.get(model))
-        failed_before = await self._pool.failed_requests()
+        before = await self._pool.counts()
         try:
             served = await self._prepare(swap)
         except (PermanentError, WorkerLost) as error:
             log.error("swap_failed", model=model, version=version, reason=str(error))
-            return self._certificate(swap, reason=str(error), in_flight=0, drained=True, failed_requests=0)
+            return self._certificate(swap, reason=str(error), switched=[], drained=True, failed_requests=0, p99=Latency())
         fault("scorer.after_load")
         with swap.phase("commit"):
-            in_flight = await self._pool.commit(served)
+            switched = await self._pool.commit(served)
         with swap.phase("drain"):
             drained = await self._pool.drain(model, self._settings.drain_s)
-        failed_after = await self._pool.failed_requests()
-        failed = sum(max(0, count - failed_before.get(pid, 0)) for pid, count in failed_after.items())
+        during = await self._pool.counts()
+        failed = sum(count.failed_requests - (before[pid].failed_requests if pid in before else 0) for pid, count in during.items())
+        p99 = await self._p99(before, during)
         log.info("model_swapped", model=model, version=version, previous=swap.previous.version if swap.previous else None, drained=drained)
-        return self._certificate(swap, reason=None, in_flight=in_flight, drained=drained, failed_requests=failed)
+        return self._certificate(swap, reason=None, switched=switched, drained=drained, failed_requests=failed, p99=p99)
+
+    async def _p99(self, before: dict[int, Counted], during: dict[int, Counted]) -> Latency:
+        to_before, to_during = (added(count.latencies for count in counts.values()) for counts in (before, during))
+        if sum(to_during) <= sum(to_before):
+            return Latency(before_ms=p99_ms(to_before))
+        await asyncio.sleep(AFTER_S)
+        to_after = added(count.latencies for count in (await self._pool.counts()).values())
+        return Latency(before_ms=p99_ms(to_before), during_ms=p99_ms(to_during, to_before), after_ms=p99_ms(to_after, to_during))
 
     async def _prepare(self, swap: _Swap) -> Served:
         """Bring the version to where only the switch is left.
@@ -153,7 +165,9 @@ class Swaps:
         inputs, wanted = golden_rows(bundle.golden, bundle.schema)
         check_golden(await score_in_probe(bundle.folder, inputs, self._settings.heap_mb), wanted, bundle.golden.tolerance)
 
-    def _certificate(self, swap: _Swap, *, reason: str | None, in_flight: int, drained: bool, failed_requests: int) -> ModelDeployed:
+    def _certificate(
+        self, swap: _Swap, *, reason: str | None, switched: list[Switched], drained: bool, failed_requests: int, p99: Latency
+    ) -> ModelDeployed:
         return ModelDeployed(
             event_id=uuid4(),  # each attempt is a fact of its own
             model=swap.model,
@@ -166,10 +180,12 @@ class Swaps:
             switched_at=datetime.now(UTC),
             phases=swap.phases,
             workers=len(swap.loaded),
-            in_flight_at_switch=in_flight,
+            in_flight_at_switch=sum(switch.in_flight for switch in switched),
             drained=drained,
             failed_requests=failed_requests,
             golden_rows=max((loaded.golden_rows for loaded in swap.loaded), default=0),
             max_golden_difference=max((loaded.max_golden_difference for loaded in swap.loaded), default=0.0),
             scored_by=swap.loaded[0].scored_by if swap.loaded else None,
+            per_worker=[switch.worker for switch in switched],
+            p99=p99,
         )

@@ -9,12 +9,10 @@ import numpy as np
 from prometheus_client import Counter, Histogram
 
 from mojomesh_scorer.encoding import Matrix
+from mojomesh_scorer.latencies import BOUNDS_S
 from mojomesh_scorer.models import LoadedModel
 
 FOLD_S = 0.05
-BOUNDS_S = tuple(round(scale * 10**power, 9) for power in range(-5, 1) for scale in (1, 1.5, 2, 3, 5, 7))
-"""Upper bounds of the latency buckets, 10 µs to 7 s."""
-
 _PREDICTIONS = Counter("mojomesh_scorer_predictions_total", "Predictions made", ["model", "version"])
 _MISSING = Counter("mojomesh_scorer_missing_values_total", "Inputs that came without a value", ["model", "column"])
 _UNKNOWN = Counter("mojomesh_scorer_unknown_levels_total", "Inputs with a level that training never saw", ["model", "column"])
@@ -89,10 +87,3 @@ class Tallies:
                 bucket.inc(n - before)
         _SECONDS._sum.inc(self._seconds)
         self._folded, self._seconds = self.latencies.copy(), 0.0
-
-
-def quantile_s(latencies: list[int], share: float) -> float | None:
-    """Upper bound of the bucket in which the slowest request of `share` of all lies, in seconds; None when there were none."""
-    n = sum(latencies)
-    reached = np.searchsorted(np.cumsum(latencies), share * n)
-    return (*BOUNDS_S, float("inf"))[int(reached)] if n else None

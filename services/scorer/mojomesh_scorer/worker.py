@@ -5,6 +5,8 @@ It is started by the supervisor with its slot, its end of the control socket, th
 
 import asyncio
 import gc
+import os
+import resource
 import signal
 import socket
 import sys
@@ -16,10 +18,12 @@ import uvloop
 from fastapi import FastAPI
 
 from mojomesh_chassis.consuming import consuming
+from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.faults import arm_faults
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.publishing import Publisher, open_publisher
+from mojomesh_chassis.redis import open_redis
 from mojomesh_chassis.settings import read_settings
 from mojomesh_chassis.telemetry import asking, log, start_telemetry
 from mojomesh_scorer import rest, routes, worker_handlers
@@ -50,22 +54,43 @@ from mojomesh_scorer.receipts import open_receipts
 from mojomesh_scorer.scoring import Scoring
 from mojomesh_scorer.settings import Settings
 from mojomesh_scorer.short_answers import ShortAnswers
+from mojomesh_store.online import OnlineStore
 
 LOOKUP_S = 5.0
 GRACE_S = 10
 SWITCH_S = 0.001  # how long a thread with a large block may keep the event loop waiting for Python's lock; by default 5 ms
 KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
+MOST_CONNECTIONS = 512
+
+
+@contextmanager
+def opened_above_connections() -> Iterator[None]:
+    """Give listeners that are opened meanwhile higher file numbers than most connections will have.
+
+    Linux closes the files of a killed process from the highest number down. A listener that goes after connections would take, and drop,
+    the clients that ask again because their connection just broke.
+    """
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    below = [os.open(os.devnull, os.O_RDONLY) for _ in range(min(MOST_CONNECTIONS, most_files // 2))]
+    try:
+        yield
+    finally:
+        for file in below:
+            os.close(file)
 
 
 class Worker:
     """What the supervisor's commands do."""
 
-    def __init__(self, settings: Settings, slot: str, ports: tuple[int, int], doors: Doors, publisher: Publisher) -> None:
+    def __init__(
+        self, settings: Settings, slot: str, ports: tuple[int, int], doors: Doors, publisher: Publisher, definitions: Definitions
+    ) -> None:
         self._settings = settings
         self._slot = slot
         self._ports = ports
         self._doors = doors
         self._publisher = publisher
+        self._definitions = definitions
         self._open = AsyncExitStack()
 
     async def do(self, command: Command) -> Reply:
@@ -84,7 +109,8 @@ class Worker:
             case OpenDoors():
                 await self._open_doors()
             case Count():
-                return Counted(failed_requests=self._doors.scoring.failed_requests)
+                scoring = self._doors.scoring
+                return Counted(failed_requests=scoring.failed_requests, latencies=scoring.tallies.latencies)
         return Done()
 
     async def _open_doors(self) -> None:
@@ -99,12 +125,14 @@ class Worker:
                 health,
                 slot=self._slot,
                 scoring=scoring,
+                definitions=self._definitions,
                 replica=self._settings.replica,
             )
         )
-        await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
         app = _app(self._settings, health, self._doors)
-        await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
+        with opened_above_connections():
+            await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
+            await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
         # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
@@ -169,9 +197,11 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
     async with AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(open_publisher(settings))
         client = await stack.enter_async_context(asking(settings, LOOKUP_S))
-        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica))
-        scoring = Scoring(Models(), FeatureLookup(client, settings.features_url), settings.max_in_flight)
-        worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher)
+        receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica, settings.receipts_waiting))
+        online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
+        definitions = Definitions()
+        scoring = Scoring(Models(), FeatureLookup(client, settings.features_url, online, definitions), settings.max_in_flight)
+        worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher, definitions)
         stack.push_async_callback(worker.close_doors)
         obeying = asyncio.create_task(obey(control, worker.do))
         stopping = asyncio.create_task(stop.wait())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mojomesh_chassis.consuming import MeshRouter
+from mojomesh_chassis.definitions import subscribe_definitions
 from mojomesh_chassis.errors import PermanentError, Rejected
 from mojomesh_chassis.publishing import EncodedEvent
 from mojomesh_contracts.events import ScoreRequested
@@ -11,6 +12,7 @@ from mojomesh_scorer.receipts import blocks_of
 from mojomesh_scorer.scoring import Row, Scored, Scoring
 
 router = MeshRouter("scorer")
+subscribe_definitions(router)
 
 
 @router.work(ScoreRequested, batch=500)

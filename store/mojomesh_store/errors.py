@@ -1,4 +1,4 @@
-"""What features refuses."""
+"""What cannot be read from the feature store."""
 
 from mojomesh_chassis.errors import PermanentError
 

@@ -1,6 +1,6 @@
 """What a model's vector is made of: which rows, joined how, under which column names. Online and offline follow the same plan."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -8,8 +8,11 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_contracts.bundles import Column
 from mojomesh_contracts.definitions import FeatureSet, FeatureSource, Model, column_name
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_features.errors import UnusableDefinition
+from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.online import Entity, OnlineRow
+
+AsOf = tuple[Entity, int]
+"""An entity, and the event time in microseconds since 1970 as of which its row is asked for."""
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -92,23 +95,54 @@ class Vector:
     values: dict[str, FeatureValue]
     used: dict[Entity, OnlineRow]
     ages_ms: dict[str, int]
+    too_old: list[str]  # why it must not be scored, if the model refuses rows that are older than they may be
+
+
+async def vectors(
+    plan: Plan, asked: Sequence[tuple[str, int]], rows_at: Callable[[Sequence[AsOf]], Awaitable[Mapping[AsOf, OnlineRow | None]]]
+) -> dict[int, Vector | None]:
+    """A model's vector of each entity_id at its event time, by its place in `asked`; None where the spine has no row.
+
+    `rows_at` is called twice at most. A place is left out if `rows_at` left out a row that it needs.
+    """
+    own_sets = plan.same_entity_sets
+    found = dict(await rows_at([((feature_set, entity_id), at) for entity_id, at in asked for feature_set in own_sets]))
+    needed: list[list[Entity]] = []
+    for entity_id, at in asked:
+        spine_row = found.get(((plan.model.spine, entity_id), at))
+        joined = plan.joined(entity_id, spine_row.values) if spine_row is not None else []
+        needed.append([*((feature_set, entity_id) for feature_set in own_sets), *joined])
+    if further := [(entity, at) for entities, (_, at) in zip(needed, asked, strict=True) for entity in entities[len(own_sets) :]]:
+        found |= await rows_at(further)
+    return {
+        place: vector_of(plan, entity_id, at, {entity: found[entity, at] for entity in entities})
+        for place, (entities, (entity_id, at)) in enumerate(zip(needed, asked, strict=True))
+        if all((entity, at) in found for entity in entities)
+    }
 
 
 def vector_of(plan: Plan, entity_id: str, event_us: int, rows: Mapping[Entity, OnlineRow | None]) -> Vector | None:
     """The vector of an entity from the rows that were true at `event_us`; None if the spine has no row of it.
 
-    A column is missing where its row is missing, is older than its source's max_age, or lacks the value.
+    A column is missing where its row is missing or lacks the value. What a row is good for that is older than its source's max_age, the
+    model says (`stale`).
     """
     spine_row = rows.get((plan.model.spine, entity_id))
     if spine_row is None:
         return None
     spine_values = spine_row.values
-    vector = Vector({}, {(plan.model.spine, entity_id): spine_row}, {plan.model.spine: (event_us - spine_row.event_us) // 1000})
+    vector = Vector({}, {(plan.model.spine, entity_id): spine_row}, {plan.model.spine: (event_us - spine_row.event_us) // 1000}, [])
     for source in plan.sources:
         joined = entity_id if source.join is None else spine_values.get(source.join)
         entity = (source.feature_set, joined) if isinstance(joined, str) else None
         row = None if entity is None else rows.get(entity)
-        if row is None or entity is None or (source.max_age_us is not None and event_us - row.event_us > source.max_age_us):
+        if row is not None and source.max_age_us is not None and event_us - row.event_us > source.max_age_us:
+            if plan.model.stale == "refuse":
+                age, most = (timedelta(microseconds=us) for us in (event_us - row.event_us, source.max_age_us))
+                vector.too_old.append(f"'{source.feature_set}' of '{joined}' is {age} old, and may be {most}")
+            if plan.model.stale != "serve":
+                row = None
+        if row is None or entity is None:
             vector.values.update((column.name, None) for column in source.columns)
             continue
         values = spine_values if row is spine_row else row.values

@@ -428,8 +428,9 @@ async def test_a_worker_refuses_early_what_is_too_much(
         refused = await scorer.http.post("/v1/models/binomial:score", json={"entity_id": "UA1"})
         with triton_grpc.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
             inputs = triton_inputs(triton_grpc, models["binomial"], 1)
+            outputs = [triton_grpc.InferRequestedOutput("score")]  # a plain row by value is answered at once, whatever else waits
             with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
-                await asyncio.to_thread(client.infer, "binomial", inputs)
+                await asyncio.to_thread(client.infer, "binomial", inputs, outputs=outputs)
         mesh.features.gate.set()
 
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")

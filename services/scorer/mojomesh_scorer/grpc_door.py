@@ -14,10 +14,21 @@ from mojomesh_chassis.errors import Busy, MeshError, NotFound, PermanentError, T
 from mojomesh_chassis.telemetry import carried_trace, log, tracer
 from mojomesh_scorer import open_inference_pb2 as pb
 from mojomesh_scorer import open_inference_pb2_grpc as pb_grpc
-from mojomesh_scorer.doors import Doors
-from mojomesh_scorer.errors import BadTensor, NotServed
+from mojomesh_scorer.doors import Doors, within
+from mojomesh_scorer.errors import BadTensor, DeadlineMissed, NotServed
 from mojomesh_scorer.fast_lane import TRACED
-from mojomesh_scorer.open_inference import EXTENSIONS, PLATFORM, SERVER, TensorSpec, answer, inputs_of, n_rows_of, outputs_of, version_asked
+from mojomesh_scorer.open_inference import (
+    EXTENSIONS,
+    PLATFORM,
+    SERVER,
+    TensorSpec,
+    answer,
+    inputs_of,
+    n_rows_of,
+    outputs_of,
+    timeout_s_of,
+    version_asked,
+)
 from mojomesh_scorer.scoring import Scored
 from mojomesh_scorer.short_answers import Element, ShortAnswers
 from mojomesh_scorer.tensors import DTYPES, Tensor, from_bytes, from_values, to_bytes
@@ -80,15 +91,16 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         if (scored := self._score_short(request, context)) is not None:
-            return _response(request, scored, answer(scored, []))
+            return _response(request, scored, await answer(scored, [], explain=False))
         async with _answering(context, "ModelInfer"):
             with self._doors.scoring.admitted():
                 tensors = list(_tensors(request))
                 version = version_asked(request.model_version)
-                scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version)
-                wanted = [output.name for output in request.outputs]
-                outputs = await answer(scored, wanted, request.parameters["explain"].bool_param)
-                await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)
+                async with within(timeout_s_of(request.parameters["timeout"].int64_param)):
+                    scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version)
+                    wanted = [output.name for output in request.outputs]
+                    outputs = await answer(scored, wanted, request.parameters["explain"].bool_param)
+                    await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)
         return _response(request, scored, outputs)
 
     def _score_short(self, request: pb.ModelInferRequest, context: Context) -> Scored | None:
@@ -191,6 +203,7 @@ def _status_of(error: MeshError) -> grpc.StatusCode:
 
 _STATUSES: tuple[tuple[type[MeshError], grpc.StatusCode], ...] = (
     (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineMissed, grpc.StatusCode.DEADLINE_EXCEEDED),
     (TransientError, grpc.StatusCode.UNAVAILABLE),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (PermanentError, grpc.StatusCode.INVALID_ARGUMENT),

@@ -86,6 +86,19 @@ def _tensor(spec: TensorSpec, values: list[Any], n_rows: int) -> Tensor:
     return Tensor(spec.name, spec.datatype, [n_rows, *spec.shape[1:]], data)
 
 
+def timeout_s_of(microseconds: object) -> float | None:
+    """The request's parameter `timeout`, which clients send in microseconds; nothing or 0 is none.
+
+    Raises:
+        BadTensor: It is no whole number.
+    """
+    if not microseconds:
+        return None
+    if not isinstance(microseconds, int) or microseconds < 0:
+        raise BadTensor(f"timeout {microseconds!r} is not a number of microseconds")
+    return microseconds / 1e6
+
+
 def version_asked(text: str) -> int | None:
     """A version of a path or a field; empty is whichever serves.
 

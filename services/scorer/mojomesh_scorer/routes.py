@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from mojomesh_chassis.http import read_body
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of
+from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of, within
 from mojomesh_scorer.scoring import MAX_ROWS, NO_ROW, Row, Scored, score_of
 
 router = APIRouter(prefix="/v1/models", tags=["scoring"])
@@ -79,6 +79,7 @@ async def score(
     model: str,
     request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
+    timeout_ms: Annotated[float | None, Query(gt=0, description="Give up after this time, with 504")] = None,
     explain: Annotated[bool, Query(description="Say what each column adds to the raw score, which the bias completes")] = False,
 ) -> Response:
     """Predict for one row, or for many: then the predictions come in a list, in the order of the rows.
@@ -88,9 +89,10 @@ async def score(
     with doors.scoring.admitted():
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
-        scored = await doors.scoring.score_rows(model, rows)
-        reasons = await reasons_of(scored) if explain else [{} for _ in rows]
-        await doors.keep_receipt(scored, durable)
+        async with within(timeout_ms and timeout_ms / 1000):
+            scored = await doors.scoring.score_rows(model, rows)
+            reasons = await reasons_of(scored) if explain else [{} for _ in rows]
+            await doors.keep_receipt(scored, durable)
     predictions = [prediction | reason for prediction, reason in zip(shown(scored), reasons, strict=True)]
     content = predictions[0] if asked.rows is None else {"predictions": predictions}
     return Response(orjson.dumps({**head(scored), **content}), media_type="application/json")

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -45,8 +46,8 @@ Rounds = dict[str, list[Measured]]
 class Results:
     """All that a run found."""
 
-    warm_up_s: float
-    run_s: float
+    warm_up_s: int
+    run_s: int
     rounds: int
     blocks: Blocks
     stream: list[Streamed]
@@ -68,8 +69,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 
 def ratios(rounds: Mapping[str, Sequence[Measured]], ours: str, peer: str) -> list[float]:
-    """Ours to the peer's requests a second, round by round."""
-    return [mine.requests_per_s / theirs.requests_per_s for mine, theirs in zip(rounds[ours], rounds[peer], strict=True)]
+    """Ours to the peer's requests a second, round by round; infinite where the peer answered nothing in time."""
+    pairs = zip(rounds[ours], rounds[peer], strict=True)
+    return [mine.requests_per_s / theirs.requests_per_s if theirs.requests_per_s else inf for mine, theirs in pairs]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -174,8 +176,8 @@ def page(results: Results) -> str:
         "round, in another order each time.",
         "",
         f"- Machine: {_machine()}.",
-        f"- Warm-up: {results.warm_up_s:g} s a server and size of request, during which every answer is compared with genmodel's score,",
-        f"  to the last bit. Then {results.rounds} round(s) of {results.run_s:g} s. Shown are medians, least and most in brackets;",
+        f"- Warm-up: {results.warm_up_s} s a server and size of request, during which every answer is compared with genmodel's score,",
+        f"  to the last bit. Then {results.rounds} round(s) of {results.run_s} s. Shown are medians, least and most in brackets;",
         "  a ratio is of one round.",
         "- Fixed rates: the time of an answer counts from when its request was due, not from when it could be sent.",
         "- CPU: user and system time of all processes of the server, the broker's (for the receipts) apart.",

@@ -204,8 +204,10 @@ async def open_mesh(folder: Path, trained: Trained) -> AsyncIterator[Mesh]:
         }
         publisher = Publisher(kafka.bootstrap)
         registry = Registry(open_objects(env["MOJOMESH_OBJECTS"]), publisher, keys, folder / "bundles")
-        await registry.promote(MODEL, 1, await registry.store(trained, MODEL))
-        yield Mesh(folder, keys, env, registry, child.pid)
-        await publisher.close()
+        try:
+            await registry.promote(MODEL, 1, await registry.store(trained, MODEL))
+            yield Mesh(folder, keys, env, registry, child.pid)
+        finally:
+            await publisher.close()
     finally:
         await asyncio.to_thread(child.stop)

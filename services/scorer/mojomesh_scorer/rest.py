@@ -114,7 +114,7 @@ async def model_infer(request: Request, doors: OpenDoors, model: str, version: s
         body = await read_body(request, MAX_JSON_BYTES if header_length is None else MAX_BINARY_BYTES)
         asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
         scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version))
-        outputs = answer(scored, [output.name for output in asked.outputs])
+        outputs = await answer(scored, [output.name for output in asked.outputs], bool(asked.parameters.get("explain")))
         await doors.keep_receipt(scored, durable)
     binary_default = bool(asked.parameters.get("binary_data_output", False))
     binary = {output.name: bool(output.parameters.get("binary_data", binary_default)) for output in asked.outputs}

@@ -79,6 +79,7 @@ async def score(
     model: str,
     request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
+    explain: Annotated[bool, Query(description="Say what each column adds to the raw score, which the bias completes")] = False,
 ) -> Response:
     """Predict for one row, or for many: then the predictions come in a list, in the order of the rows.
 
@@ -88,9 +89,10 @@ async def score(
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
         scored = await doors.scoring.score_rows(model, rows)
+        reasons = await reasons_of(scored) if explain else [{} for _ in rows]
         await doors.keep_receipt(scored, durable)
-    predictions = shown(scored)
-    content = next(predictions) if asked.rows is None else {"predictions": list(predictions)}
+    predictions = [prediction | reason for prediction, reason in zip(shown(scored), reasons, strict=True)]
+    content = predictions[0] if asked.rows is None else {"predictions": predictions}
     return Response(orjson.dumps({**head(scored), **content}), media_type="application/json")
 
 
@@ -104,6 +106,18 @@ def _asked(body: bytes) -> ScoreAsked:
 def head(scored: Scored) -> dict[str, Any]:
     """What an answer says of the model that gave it."""
     return {"model": scored.model.name, "version": scored.model.version, "bundle_digest": scored.model.digest}
+
+
+async def reasons_of(scored: Scored) -> list[dict[str, Any]]:
+    """What an answer says of the reasons of each prediction.
+
+    Raises:
+        NotExplained: The model is of a kind that has none.
+        TooLarge: More rows than a request may have explained.
+    """
+    names = [column.name for column in scored.model.schema.columns]
+    found = (await scored.model.explain(scored.inputs)).tolist()
+    return [{"contributions": dict(zip(names, row[:-1], strict=True)), "bias": row[-1]} for row in found]
 
 
 def shown(scored: Scored) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,7 @@ async def workers(request: Request) -> list[dict[str, Any]]:
             "pid": worker.process.pid,
             "open": worker.open,
             "serving": {served.model: served.version for served in worker.serving.values()},
+            "beside": {model: [served.version for served, _ in beside.versions] for model, beside in worker.beside.items()},
         }
         for worker in sorted(pool.members, key=lambda worker: worker.slot)
     ]

@@ -15,7 +15,18 @@ from mojomesh_scorer import open_inference_pb2 as pb
 from mojomesh_scorer import open_inference_pb2_grpc as pb_grpc
 from mojomesh_scorer.doors import Doors
 from mojomesh_scorer.errors import BadTensor, NotServed
-from mojomesh_scorer.open_inference import EXTENSIONS, PLATFORM, SERVER, TensorSpec, answer, inputs_of, n_rows_of, outputs_of, version_asked
+from mojomesh_scorer.open_inference import (
+    EXTENSIONS,
+    PLATFORM,
+    SERVER,
+    TensorSpec,
+    answer,
+    entity_asked,
+    inputs_of,
+    n_rows_of,
+    outputs_of,
+    version_asked,
+)
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -66,7 +77,7 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
             served = self._doors.scoring.models.find(request.name, version_asked(request.version))
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[str(served.version)],
+            versions=[str(one.version) for one in self._doors.scoring.models.versions(request.name)],
             platform=PLATFORM,
             inputs=map(_described, inputs_of(served)),
             outputs=map(_described, outputs_of(served)),
@@ -77,7 +88,8 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
             with self._doors.scoring.admitted():
                 tensors = list(_tensors(request))
                 version = version_asked(request.model_version)
-                scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version)
+                entity_id = entity_asked(request.parameters["entity_id"].string_param)
+                scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version, entity_id)
                 outputs = answer(scored, [output.name for output in request.outputs])
                 await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)
         return pb.ModelInferResponse(

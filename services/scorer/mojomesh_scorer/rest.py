@@ -14,7 +14,18 @@ from mojomesh_chassis.errors import MeshError, TransientError
 from mojomesh_chassis.http import read_body
 from mojomesh_scorer.doors import MAX_BINARY_BYTES, MAX_JSON_BYTES, Doors, doors_of
 from mojomesh_scorer.errors import BadTensor, NotServed
-from mojomesh_scorer.open_inference import EXTENSIONS, PLATFORM, SERVER, TensorSpec, answer, inputs_of, n_rows_of, outputs_of, version_asked
+from mojomesh_scorer.open_inference import (
+    EXTENSIONS,
+    PLATFORM,
+    SERVER,
+    TensorSpec,
+    answer,
+    entity_asked,
+    inputs_of,
+    n_rows_of,
+    outputs_of,
+    version_asked,
+)
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
 
 LARGE_BYTES = 64 * 1024  # a body that is read in a thread, so that nobody waits behind it
@@ -91,7 +102,8 @@ async def model_metadata(doors: OpenDoors, model: str, version: str = "") -> Res
     """The model's inputs and outputs."""
     served = doors.scoring.models.find(model, version_asked(version))
     inputs, outputs = _specs(inputs_of(served)), _specs(outputs_of(served))
-    return _json({"name": model, "versions": [str(served.version)], "platform": PLATFORM, "inputs": inputs, "outputs": outputs})
+    versions = [str(one.version) for one in doors.scoring.models.versions(model)]
+    return _json({"name": model, "versions": versions, "platform": PLATFORM, "inputs": inputs, "outputs": outputs})
 
 
 @router.get("/models/{model}/ready")
@@ -113,7 +125,8 @@ async def model_infer(request: Request, doors: OpenDoors, model: str, version: s
         header_length = request.headers.get(HEADER_LENGTH)
         body = await read_body(request, MAX_JSON_BYTES if header_length is None else MAX_BINARY_BYTES)
         asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
-        scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version))
+        entity_id = entity_asked(asked.parameters.get("entity_id"))
+        scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version), entity_id)
         outputs = answer(scored, [output.name for output in asked.outputs])
         await doors.keep_receipt(scored, durable)
     binary_default = bool(asked.parameters.get("binary_data_output", False))

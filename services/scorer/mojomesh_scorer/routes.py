@@ -1,6 +1,6 @@
 """The native door: predictions by values or by entity, in JSON that reads well."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import orjson
@@ -64,6 +64,7 @@ async def models(doors: OpenDoors) -> list[dict[str, Any]]:
             "bundle_digest": served.digest,
             "columns": [column.model_dump(exclude_none=True) for column in served.schema.columns],
             "classes": served.schema.classes,
+            "beside": [beside.version for beside in doors.scoring.models.versions(served.name)[1:]],
         }
         for served in doors.scoring.models.serving
     ]
@@ -80,18 +81,30 @@ async def score(
     request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
 ) -> Response:
-    """Predict for one row, or for many: then the predictions come in a list, in the order of the rows.
+    """Predict for one row, or for many: then the predictions come in a list, in the order of the rows, each with its version.
+
+    Rows of entities that belong to a challenger are scored by it; `version` is null above predictions of several versions.
 
     `score` is the second class's probability of two classes, the likeliest class's of more, or the predicted number.
     """
     with doors.scoring.admitted():
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
-        scored = await doors.scoring.score_rows(model, rows)
-        await doors.keep_receipt(scored, durable)
-    predictions = shown(scored)
-    content = next(predictions) if asked.rows is None else {"predictions": list(predictions)}
-    return Response(orjson.dumps({**head(scored), **content}), media_type="application/json")
+        blocks = await doors.scoring.score_rows(model, rows)
+        for scored in blocks:
+            await doors.keep_receipt(scored, durable)
+    content = next(shown(scored)) if asked.rows is None else {"predictions": _in_order(blocks)}
+    above = head(scored) if len(blocks) == 1 else {"model": model, "version": None, "bundle_digest": None}
+    return Response(orjson.dumps({**above, **content}), media_type="application/json")
+
+
+def _in_order(blocks: Sequence[Scored]) -> list[dict[str, Any]]:
+    predictions = {
+        place: {**prediction, "version": scored.model.version}
+        for scored in blocks
+        for place, prediction in zip(scored.places, shown(scored), strict=True)
+    }
+    return [predictions[place] for place in range(len(predictions))]
 
 
 def _asked(body: bytes) -> ScoreAsked:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.scorer.blocks import measure_blocks
+from bench.scorer.deaths import measure_deaths
 from bench.scorer.load import closed_loop, compare_grpc, grpc_loop, open_loop, require_tools
 from bench.scorer.model import N_REQUESTS, Known, know
 from bench.scorer.report import OURS, WITHOUT_RECEIPTS, Cell, Results, page
@@ -38,17 +39,19 @@ class Extent:
     warm_up: float
     messages: int
     swaps: int
+    deaths: int
 
 
-QUICK = Extent([Cell(1), Cell(1000)], rates_of_peers=False, rounds=1, seconds=4.0, warm_up=2.0, messages=60_000, swaps=2)
+QUICK = Extent([Cell(1), Cell(1000)], rates_of_peers=False, rounds=1, seconds=4.0, warm_up=2.0, messages=60_000, swaps=2, deaths=2)
 WHOLE = Extent(
     [Cell(n_rows, connections) for n_rows in N_REQUESTS for connections in (64, 16, 1)],
     rates_of_peers=True,
     rounds=3,
-    seconds=6.0,
+    seconds=5.0,
     warm_up=5.0,
     messages=300_000,
     swaps=10,
+    deaths=6,
 )
 
 
@@ -67,7 +70,9 @@ async def measure(extent: Extent, known: Known, folder: Path) -> Results:
         async with mesh.scorer("alone") as (serving, scorer):
             swaps = await measure_swaps(mesh, serving, known, bodies, extent.swaps, before_s=5.0)
             log(swaps)
-            results = Results(extent.warm_up, extent.seconds, extent.rounds, blocks, stream, swaps)
+            deaths = await measure_deaths(mesh, serving, scorer, known, bodies, extent.deaths)
+            log(deaths)
+            results = Results(extent.warm_up, extent.seconds, extent.rounds, blocks, stream, swaps, deaths)
             await measure_grpc(serving, scorer, known, extent, folder, results)
         await measure_http(mesh, known, extent, bodies, results)
     return results

@@ -10,6 +10,7 @@ from statistics import median
 import psutil
 
 from bench.scorer.blocks import Blocks
+from bench.scorer.deaths import Died
 from bench.scorer.load import Measured
 from bench.scorer.stream import Streamed
 from bench.scorer.swaps import Swapped
@@ -50,6 +51,7 @@ class Results:
     blocks: Blocks
     stream: list[Streamed]
     swaps: Swapped
+    deaths: Died
     closed: dict[Cell, Rounds] = field(default_factory=dict)
     open: dict[Cell, Rounds] = field(default_factory=dict)
     grpc: Rounds = field(default_factory=dict)
@@ -142,6 +144,8 @@ def _claims(results: Results) -> list[list[str]]:
     )
     slower = [during / results.swaps.before_p99_ms for during in results.swaps.during_p99_ms]
     rows.append(["p99 during a swap at 1,000/s, to before", "≤ 3 ×", f"{spread(slower, 2)} ×", "", _verdict(median(slower) <= 3)])
+    for what, times in (("all workers back after a kill", results.deaths.back_s), ("Kafka goes on", results.deaths.streaming_s)):
+        rows.append([what, "≤ 2 s", f"{spread(times, 2)} s", "", _verdict(median(times) <= 2)])
     wrong = sum(wrong for _, wrong in results.checked.values())
     return [*rows, ["answers under load that are wrong", "0", str(wrong), "", _verdict(wrong == 0)]]
 
@@ -218,7 +222,7 @@ def _grpc(rounds: Rounds) -> list[str]:
 
 
 def _alone(results: Results) -> list[str]:
-    blocks, stream, swaps = results.blocks, results.stream, results.swaps
+    blocks, stream, swaps, deaths = results.blocks, results.stream, results.swaps, results.deaths
     rows = {
         f"block scorer ({blocks.scored_by}), one thread, 1,000 rows a call from Python, rows/s": spread(blocks.rows_per_s),
         "genmodel's score0, one thread, a plain loop in Java, rows/s": spread(blocks.score0_rows_per_s),
@@ -231,6 +235,10 @@ def _alone(results: Results) -> list[str]:
         "p99 before them, ms": f"{swaps.before_p99_ms:.2f}",
         "p99 during each, ms": spread(swaps.during_p99_ms, 2),
         "from promotion to certificate, ms": spread(swaps.took_ms),
-        "requests that failed meanwhile": str(swaps.errors),
+        "requests that failed meanwhile": str(swaps.failed),
+        "workers killed under 1,000 requests/s": str(len(deaths.back_s)),
+        "from the kill until all workers listen again, s": spread(deaths.back_s, 2),
+        "from the kill until what Kafka then held, on every partition, is predicted, s": spread(deaths.streaming_s, 2),
     }
-    return ["", "## Scoring alone, over Kafka, and while versions are swapped", "", *_table(["", ""], [[*row] for row in rows.items()])]
+    title = "## Scoring alone, over Kafka, while versions are swapped, and when workers die"
+    return ["", title, "", *_table(["", ""], [[*row] for row in rows.items()])]

@@ -24,7 +24,8 @@ class Swapped:
     during_p99_ms: list[float]
     """Of the requests that were due between a promotion and its certificate."""
     took_ms: list[float]
-    errors: int
+    failed: int
+    """Answers that were not 200, and requests that failed by the scorer's own count."""
 
 
 async def measure_swaps(mesh: Mesh, serving: Serving, known: Known, bodies: Path, n: int, before_s: float) -> Swapped:
@@ -32,6 +33,7 @@ async def measure_swaps(mesh: Mesh, serving: Serving, known: Known, bodies: Path
     digests = [await mesh.registry.store(known.trained, MODEL) for _ in range(n)]
     table = mesh.folder / "swaps.csv"
     spans: list[tuple[float, float]] = []
+    failed = 0
     async with records_of(mesh.kafka, ModelDeployed.topic.name) as certificates, steady_load(serving, bodies, RATE, table) as began:
         await asyncio.sleep(before_s)
         for number, digest in enumerate(digests):
@@ -42,6 +44,7 @@ async def measure_swaps(mesh: Mesh, serving: Serving, known: Known, bodies: Path
                 if certificate.version == promoted.version:
                     break
             assert certificate.succeeded, certificate.reason
+            failed += certificate.failed_requests
             spans.append((begun, time.time()))
             await asyncio.sleep(CALM_S)
     with table.open() as file:
@@ -53,5 +56,5 @@ async def measure_swaps(mesh: Mesh, serving: Serving, known: Known, bodies: Path
         float(np.percentile(took[calm], 99)),
         [float(np.percentile(took[(due >= begun) & (due <= ended)], 99)) for begun, ended in spans],
         [(ended - begun) * 1000 for begun, ended in spans],
-        sum(answer["status"] != "200" for answer in answers),
+        failed + sum(answer["status"] != "200" for answer in answers),
     )

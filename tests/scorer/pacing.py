@@ -205,6 +205,7 @@ class _GrpcDoor:
     name = "grpc"
 
     def __init__(self, channel: grpc.aio.Channel, model: str, rows: Sequence[Row]) -> None:
+        self._free = asyncio.Semaphore(N_CONNECTIONS)
         self._infer = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         self._requests = [_infer_request(model, row) for row in rows[:N_ROWS]]
 
@@ -215,7 +216,8 @@ class _GrpcDoor:
             AnswerLost: An error instead of an answer.
         """
         try:
-            reply = await self._infer(self._requests[row], timeout=30)
+            async with self._free:
+                reply = await self._infer(self._requests[row], timeout=30)
         except grpc.aio.AioRpcError as error:
             raise AnswerLost(f"{error.code()} {error.details()}", None) from error
         raw = dict(zip((output.name for output in reply.outputs), reply.raw_output_contents, strict=True))

@@ -1,6 +1,7 @@
 """A child of the test session, since a JVM cannot be ended within one: scores the rows of `train_zoo.py` with each of its models.
 
-Writes `found.npy` beside a model's MOJO, and prints, as JSON, what scored it by its name. Usage: python -m tests.scorer.score_zoo FOLDER
+Writes `found.npy`, and `explained.npy` where H2O explained its scores too, beside a model's MOJO, and prints, as JSON, what scored it by
+its name. Usage: python -m tests.scorer.score_zoo FOLDER
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mojomesh_contracts.bundles import MOJO_FILE, SCHEMA_FILE, BundleSchema
+from mojomesh_scorer.contributions import Explainer
 from mojomesh_scorer.encoding import Encoder
 from mojomesh_scorer.mojo import Mojo, start_jvm
 from mojomesh_scorer.tensors import Tensor, from_values
@@ -27,6 +29,8 @@ def main(folder: Path) -> None:
         rows = Encoder(schema).encode_tensors(tensors, len(tensors[0].data)).matrix
         mojo = Mojo(home / MOJO_FILE, schema, rows[:N_CHECKED])
         np.save(home / "found.npy", mojo.score(rows))
+        if (home / "contributions.csv").exists():
+            np.save(home / "explained.npy", Explainer(home / MOJO_FILE, len(schema.columns)).explain(rows[:100]))
         scored_by[home.name] = [mojo.scored_by, mojo.not_flat_because]
     sys.stdout.write(json.dumps(scored_by))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,36 @@ async def test_one_row_and_many_rows_get_the_same_scores_to_the_last_bit(scorer:
     assert [one["score"] for one in many["predictions"]] == [one["score"] for one in one_by_one]
     assert one_by_one[0]["score"] == one_by_one[0]["scores"]["1"]
     assert len({one["prediction_id"] for one in one_by_one}) == 100
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+async def test_a_score_comes_with_its_reasons_when_they_are_asked_for(scorer: Scorer, models: dict[str, Trained]) -> None:
+    rows = [{"values": row} for row in models["binomial"].rows[:20]]
+
+    reply = await scorer.http.post("/v1/models/binomial:score?explain=true", json={"rows": rows})
+
+    for one in reply.json()["predictions"]:
+        assert list(one["contributions"]) == [column.name for column in models["binomial"].schema.columns]
+        assert abs(sum(one["contributions"].values()) + one["bias"] - logit(one["score"])) <= 1e-6
+    assert "contributions" not in await scorer.score("binomial", models["binomial"].rows[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "n_rows", "status", "complaint"),
+    [
+        ("multinomial", 1, 422, "a gbm model of category Multinomial has no contributions"),
+        ("regression", 1, 422, "a glm model of category Regression has no contributions"),
+        ("binomial", 101, 413, "101 rows; at most 100 a request are explained"),
+    ],
+)
+async def test_what_cannot_be_explained_is_refused(scorer: Scorer, name: str, n_rows: int, status: int, complaint: str) -> None:
+    reply = await scorer.http.post(f"/v1/models/{name}:score?explain=true", json={"rows": [{"values": {}}] * n_rows})
+
+    assert reply.status_code == status
+    assert complaint in reply.text
 
 
 @pytest.mark.parametrize(
@@ -435,3 +466,18 @@ async def test_a_worker_refuses_early_what_is_too_much(
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
         assert (await waiting).status_code == 200
         await scorer.score("binomial", {})
+
+
+@pytest.mark.parametrize("asking", [{"outputs": ["contributions", "score"]}, {"parameters": {"explain": True}}])
+def test_tritonclient_gets_reasons_when_it_asks_for_them(over_http: Any, over_grpc: Any, models: dict[str, Trained], asking: Row) -> None:
+    trained = models["binomial"]
+    for client, library in ((over_http, triton_http), (over_grpc, triton_grpc)):
+        outputs = [library.InferRequestedOutput(name) for name in asking.get("outputs", [])]
+        options = {"outputs": outputs} if outputs else asking
+
+        result = client.infer("binomial", triton_inputs(library, trained, 20), **options)
+
+        contributions, scores = result.as_numpy("contributions"), result.as_numpy("score")
+        assert contributions.shape == (20, len(trained.schema.columns) + 1)
+        np.testing.assert_allclose(contributions.sum(axis=1), np.log(scores / (1 - scores)), rtol=0, atol=1e-6)
+        assert client.infer("binomial", triton_inputs(library, trained, 1)).as_numpy("contributions") is None

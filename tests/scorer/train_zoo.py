@@ -1,7 +1,8 @@
 """A child of the test session: trains one small model of each kind that is served, and lets H2O itself score many rows with it.
 
-The rows contain missing values and levels that training never saw. Writes each model's MOJO, schema and scores (`scores.npy`), and the rows
-once (`rows.json`). Usage: python -m tests.scorer.train_zoo H2O_URL FOLDER N_ROWS
+The rows contain missing values and levels that training never saw. Writes each model's MOJO, schema and scores (`scores.npy`), of some
+models H2O's contributions of the first 100 rows (`contributions.csv`), and the rows once (`rows.json`).
+Usage: python -m tests.scorer.train_zoo H2O_URL FOLDER N_ROWS
 """
 
 import json
@@ -28,6 +29,9 @@ TREES = {"ntrees": 10, "max_depth": 5, "seed": 42}
 FOLDS = {"nfolds": 2, "fold_assignment": "Modulo", "keep_cross_validation_predictions": True, "seed": 42}
 TARGETS = {"binomial": "late", "multinomial": "kind", "regression": "delay"}
 FAMILIES = {"binomial": "binomial", "multinomial": "multinomial", "regression": "gaussian"}
+
+
+EXPLAINED = ("gbm-binomial", "gbm-regression", "gbm_log-regression", "drf-regression", "drf_single-binomial", "xgboost-binomial")
 
 
 def estimators(kind: str) -> dict[str, Any]:
@@ -61,6 +65,8 @@ def save(name: str, model: Any, target: str | None, asked: Any, folder: Path) ->
     classes = save_model(model, target, home)
     predicted = home / "predicted.csv"
     h2o.export_file(model.predict(asked), str(predicted))
+    if name in EXPLAINED:
+        h2o.export_file(model.predict_contributions(asked[:100, :], output_format="compact"), str(home / "contributions.csv"))
     places = range(1, 1 + len(classes)) if classes else [0]
     np.save(home / "scores.npy", np.loadtxt(predicted, delimiter=",", skiprows=1, usecols=places, ndmin=2))
 

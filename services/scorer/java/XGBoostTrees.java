@@ -5,7 +5,6 @@ import biz.k11i.xgboost.gbm.Dart;
 import biz.k11i.xgboost.gbm.GBTree;
 import biz.k11i.xgboost.tree.RegTree;
 import biz.k11i.xgboost.tree.RegTreeNode;
-import hex.genmodel.GenModel;
 import hex.genmodel.algos.xgboost.XGBoostJavaMojoModel;
 import hex.genmodel.algos.xgboost.XGBoostMojoModel;
 import java.io.IOException;
@@ -15,24 +14,23 @@ import java.util.zip.ZipFile;
  * The trees of XGBoost, whose splits of one-hot columns become splits of levels. Boosters of before XGBoost 1.3 add the base score
  * last; {@link SelfCheck} sees that they score otherwise.
  *
- * <p>Source: hex.genmodel.algos.xgboost.XGBoostJavaMojoModel and OneHotEncoderFactory of H2O-3 3.46, and biz.k11i.xgboost of
- * h2oai/xgboost-predictor 0.3.20.
+ * <p>Source: hex.genmodel.algos.xgboost.XGBoostJavaMojoModel of H2O-3 3.46, and biz.k11i.xgboost of h2oai/xgboost-predictor 0.3.20.
  */
 final class XGBoostTrees {
   private final XGBoostMojoModel model;
+  private final OneHot oneHot;
   private final int[][] hot; // by category column and level, missing last: the one-hot column that is 1
 
   private XGBoostTrees(XGBoostMojoModel model, int[] levels) {
     this.model = model;
+    oneHot = new OneHot(model);
     hot = new int[model._cats][];
-    double[] row = new double[model._cats];
-    int[] places = new int[model._cats];
+    double[] row = new double[levels.length];
     for (int column = 0; column < hot.length; column++) {
       hot[column] = new int[levels[column] + 1];
       for (int level = 0; level < hot[column].length; level++) {
         row[column] = level < levels[column] ? level : Double.NaN;
-        GenModel.setCats(row, places, model._cats, model._catOffsets, model._useAllFactorLevels);
-        hot[column][level] = places[column];
+        hot[column][level] = oneHot.set(row)[column];
       }
     }
   }
@@ -65,13 +63,9 @@ final class XGBoostTrees {
     Node right = node(tree, node.getRightChildIndex(), weight);
     float below = node.getSplitCondition();
     int index = node.getSplitIndex();
-    int nOneHot = model._catOffsets == null ? 0 : model._catOffsets[model._cats];
-    if (index >= nOneHot) {
-      return Node.numbers(model._cats + index - nOneHot, below, node.default_left(), left, right);
-    }
-    int column = 0;
-    while (model._catOffsets[column + 1] <= index) {
-      column++;
+    int column = oneHot.columnOf(index);
+    if (column >= model._cats) {
+      return Node.numbers(column, below, node.default_left(), left, right);
     }
     boolean coldLeft = model._sparse ? node.default_left() : 0 < below;
     int[] leftLevels = new int[(hot[column].length + 31) / 32];

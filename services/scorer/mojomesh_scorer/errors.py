@@ -24,6 +24,10 @@ class UnknownEntity(RowsRefused):
     status = 404
 
 
+class NotExplained(PermanentError):
+    """The model is of a kind that has no contributions."""
+
+
 class StaleFeatures(RowsRefused):
     """The model refuses to score from rows that are older than their max_age."""
 

@@ -90,7 +90,8 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
                 version = version_asked(request.model_version)
                 entity_id = entity_asked(request.parameters["entity_id"].string_param)
                 scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version, entity_id)
-                outputs = answer(scored, [output.name for output in request.outputs])
+                wanted = [output.name for output in request.outputs]
+                outputs = await answer(scored, wanted, request.parameters["explain"].bool_param)
                 await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)
         return pb.ModelInferResponse(
             model_name=request.model_name,

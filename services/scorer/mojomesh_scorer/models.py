@@ -15,6 +15,7 @@ from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.bundles import BASELINE_FILE, GOLDEN_FILE, MOJO_FILE, SCHEMA_FILE, Baseline, BundleSchema, Golden
 from mojomesh_contracts.events import Challenger
 from mojomesh_contracts.traffic import bucket_of
+from mojomesh_scorer.contributions import Explainer
 from mojomesh_scorer.encoding import Encoded, Encoder, Matrix, recoder
 from mojomesh_scorer.errors import LoadFailed, NotServed, SchemaMismatch
 from mojomesh_scorer.golden import check_golden, golden_rows
@@ -48,6 +49,9 @@ class LoadedModel:
         # Two objects, since one belongs to one thread: the event loop's, and the one that large blocks take turns at.
         self._mojo, self._aside = (Mojo(folder / MOJO_FILE, self.schema, inputs) for _ in range(2))
         self._turn = threading.Lock()
+        self._mojo_path = folder / MOJO_FILE
+        self._explainer: Explainer | None = None
+        self._explaining = threading.Lock()
         self.scored_by = self._mojo.scored_by
         log.info("model_loaded", model=name, version=version, scored_by=self.scored_by, not_flat_because=self._mojo.not_flat_because)
         self.golden_rows = len(wanted)
@@ -76,6 +80,22 @@ class LoadedModel:
     def _score_aside(self, encode: Callable[[Encoder], Encoded]) -> tuple[Encoded, Matrix]:
         encoded = encode(self.encoder)
         return encoded, self.score_aside(encoded.matrix)
+
+    async def explain(self, rows: Sequence[Sequence[float]]) -> Matrix:
+        """Contributions of encoded rows as `Explainer.explain` has them, in a thread; the first call loads what they need.
+
+        Raises:
+            NotExplained: The model is of a kind that has none.
+            TooLarge: More rows than a request may have explained.
+        """
+        with self.leased():
+            return await asyncio.to_thread(self._explain, np.array(rows, dtype=np.float64))
+
+    def _explain(self, block: Matrix) -> Matrix:
+        with self._explaining:
+            if self._explainer is None:
+                self._explainer = Explainer(self._mojo_path, len(self.schema.columns))
+            return self._explainer.explain(block)
 
     def _warm(self, inputs: Matrix) -> None:
         """Score until Java has compiled what scores, by single rows and by blocks: the first requests must not wait for that."""

@@ -15,6 +15,7 @@ SERVER = "mojomesh-scorer"
 PLATFORM = "h2o_mojo"
 MAX_ENTITY_ID = 512
 EXTENSIONS = ["binary_tensor_data"]
+CONTRIBUTIONS = "contributions"
 _DATATYPES = {"number": "FP64", "category": "BYTES", "boolean": "BOOL"}
 
 
@@ -50,18 +51,26 @@ def n_rows_of(tensors: Sequence[Tensor]) -> int:
     return next(iter(sizes.values()))
 
 
-def answer(scored: Scored, wanted: Sequence[str]) -> list[Tensor]:
+async def answer(scored: Scored, wanted: Sequence[str], explain: bool) -> list[Tensor]:
     """The outputs named in `wanted`, in that order; all of them when it is empty.
+
+    `contributions`, shape [n, n_columns + 1], columns in scoring order and then the bias, is among them only if it is named or `explain`.
 
     Raises:
         BadTensor: One is named that the model does not have.
+        NotExplained: The model is of a kind that has no contributions.
+        TooLarge: More rows than a request may have explained.
     """
-    specs = outputs_of(scored.model)
-    names = [spec.name for spec in specs]
-    if unknown := [name for name in wanted if name not in names]:
-        raise BadTensor(f"model '{scored.model.name}' has no output {unknown[0]!r}; it has {', '.join(names)}")
+    specs = {spec.name: spec for spec in outputs_of(scored.model)}
+    if unknown := [name for name in wanted if name not in specs and name != CONTRIBUTIONS]:
+        raise BadTensor(f"model '{scored.model.name}' has no output {unknown[0]!r}; it has {', '.join(specs)}")
     values = values_of(scored)
-    return [_tensor(spec, values[spec.name], len(scored.scores)) for name in wanted or names for spec in specs if spec.name == name]
+    names = list(wanted or specs)
+    if explain or CONTRIBUTIONS in wanted:
+        names += [] if CONTRIBUTIONS in wanted else [CONTRIBUTIONS]
+        specs[CONTRIBUTIONS] = TensorSpec(CONTRIBUTIONS, "FP64", [-1, 1 + len(scored.model.schema.columns)])
+        values[CONTRIBUTIONS] = (await scored.model.explain(scored.inputs)).tolist()
+    return [_tensor(specs[name], values[name], len(scored.scores)) for name in names]
 
 
 def values_of(scored: Scored) -> dict[str, list[Any]]:

@@ -127,7 +127,7 @@ async def model_infer(request: Request, doors: OpenDoors, model: str, version: s
         asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
         entity_id = entity_asked(asked.parameters.get("entity_id"))
         scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version), entity_id)
-        outputs = answer(scored, [output.name for output in asked.outputs])
+        outputs = await answer(scored, [output.name for output in asked.outputs], bool(asked.parameters.get("explain")))
         await doors.keep_receipt(scored, durable)
     binary_default = bool(asked.parameters.get("binary_data_output", False))
     binary = {output.name: bool(output.parameters.get("binary_data", binary_default)) for output in asked.outputs}

@@ -80,6 +80,7 @@ async def score(
     model: str,
     request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
+    explain: Annotated[bool, Query(description="Say what each column adds to the raw score, which the bias completes")] = False,
 ) -> Response:
     """Predict for one row, or for many: then the predictions come in a list, in the order of the rows, each with its version.
 
@@ -91,19 +92,20 @@ async def score(
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
         blocks = await doors.scoring.score_rows(model, rows)
+        predictions = await _in_order(blocks, explain)
         for scored in blocks:
             await doors.keep_receipt(scored, durable)
-    content = next(shown(scored)) if asked.rows is None else {"predictions": _in_order(blocks)}
-    above = head(scored) if len(blocks) == 1 else {"model": model, "version": None, "bundle_digest": None}
+    content = predictions[0] if asked.rows is None else {"predictions": predictions}
+    above = head(blocks[0]) if len(blocks) == 1 else {"model": model, "version": None, "bundle_digest": None}
     return Response(orjson.dumps({**above, **content}), media_type="application/json")
 
 
-def _in_order(blocks: Sequence[Scored]) -> list[dict[str, Any]]:
-    predictions = {
-        place: {**prediction, "version": scored.model.version}
-        for scored in blocks
-        for place, prediction in zip(scored.places, shown(scored), strict=True)
-    }
+async def _in_order(blocks: Sequence[Scored], explain: bool) -> list[dict[str, Any]]:
+    predictions: dict[int, dict[str, Any]] = {}
+    for scored in blocks:
+        reasons = await reasons_of(scored) if explain else [{} for _ in scored.places]
+        for place, prediction, reason in zip(scored.places, shown(scored), reasons, strict=True):
+            predictions[place] = {"version": scored.model.version, **prediction, **reason}
     return [predictions[place] for place in range(len(predictions))]
 
 
@@ -117,6 +119,18 @@ def _asked(body: bytes) -> ScoreAsked:
 def head(scored: Scored) -> dict[str, Any]:
     """What an answer says of the model that gave it."""
     return {"model": scored.model.name, "version": scored.model.version, "bundle_digest": scored.model.digest}
+
+
+async def reasons_of(scored: Scored) -> list[dict[str, Any]]:
+    """What an answer says of the reasons of each prediction.
+
+    Raises:
+        NotExplained: The model is of a kind that has none.
+        TooLarge: More rows than a request may have explained.
+    """
+    names = [column.name for column in scored.model.schema.columns]
+    found = (await scored.model.explain(scored.inputs)).tolist()
+    return [{"contributions": dict(zip(names, row[:-1], strict=True)), "bias": row[-1]} for row in found]
 
 
 def shown(scored: Scored) -> Iterator[dict[str, Any]]:

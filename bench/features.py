@@ -24,6 +24,7 @@ from mojomesh_contracts.events import EventReceived, FeatureValue, ModelPromoted
 from mojomesh_features.champions import Champions
 from mojomesh_features.handlers import on_predictions_made
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.retiring import Retired
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_local import ports
 from mojomesh_local.migrating import migrate_tables
@@ -153,7 +154,7 @@ async def main(n_flights: int) -> None:
             for _ in range(2):
                 with timed(f"snapshot of {n_flights:,} flights, as many outcomes"):
                     await snapshots.take(plan, label_of(model.label, definitions), datetime.now(UTC) - timedelta(seconds=1))
-            reader = FeatureReader(store, OnlineStore(redis))
+            reader = FeatureReader(store, OnlineStore(redis), Retired())
             # In event-time order, as the demo asks; weather is older than the last rows kept, so PostgreSQL answers it too.
             asked = [(f"F{n}", microseconds(START) + 1_000_000 * int(YEAR_S * n / n_flights)) for n in range(20_000)]
             for size in (1, 100, 1000):

@@ -34,6 +34,10 @@ _INSERT = text("""
         CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
         CAST(:reported_ats AS timestamptz[]), CAST(:seqs AS bigint[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
     ) AS arrived (feature_set, entity_id, event_time, reported_at, seq, event_id, vector)
+    WHERE NOT EXISTS (
+        SELECT FROM store.retired_events AS gone
+        WHERE (gone.feature_set, gone.event_time, gone.event_id) = (arrived.feature_set, arrived.event_time, arrived.event_id)
+    )
     ORDER BY feature_set, event_time, event_id
     ON CONFLICT DO NOTHING
     RETURNING seq
@@ -73,7 +77,8 @@ _NEWEST = _reading_rows("""
 async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[FeatureRow]:
     """Store each event once; the stored row of every event, in their order, whether it is new or a repeat.
 
-    Of events with one (feature_set, event_time, event_id) the first to be stored stays, whatever later ones say.
+    Of events with one (feature_set, event_time, event_id) the first to be stored stays, whatever later ones say. A repeat of one whose row
+    has left PostgreSQL has no row here.
     """
     created_at = await _write_time(db)
     firsts: dict[RowId, EventReceived] = {}
@@ -83,7 +88,7 @@ async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[Feat
     repeats = [row_id for row_id in firsts if row_id not in stored]
     if repeats:
         stored |= await _rows_of(db, repeats)
-    return [stored[_row_id(event)] for event in events]
+    return [stored[row_id] for event in events if (row_id := _row_id(event)) in stored]
 
 
 async def latest(db: AsyncSession, feature_set: str, entity_id: str, at: datetime, snapshot_time: datetime) -> FeatureRow | None:

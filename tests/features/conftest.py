@@ -21,6 +21,7 @@ from mojomesh_contracts.definitions import Model, parse_definitions
 from mojomesh_contracts.events import EventReceived, FeatureValue
 from mojomesh_features import routes
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.retiring import Retired
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.settings import FeaturesSettings
 from mojomesh_features.snapshots import Snapshots
@@ -84,7 +85,7 @@ def online(redis: Redis) -> OnlineStore:
 
 @pytest.fixture
 def reader(feature_store: FeatureStore, online: OnlineStore) -> FeatureReader:
-    return FeatureReader(feature_store, online)
+    return FeatureReader(feature_store, online, Retired())
 
 
 @pytest.fixture

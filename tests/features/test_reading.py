@@ -21,6 +21,7 @@ from mojomesh_contracts.events import FeaturesWritten
 from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.handlers import on_features_written
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.retiring import Retired
 from mojomesh_local import ports
 from mojomesh_local.processes import Child
 from mojomesh_local.redis import Redis as RedisServer
@@ -58,7 +59,7 @@ class Counting(FeatureReader):
 
 @pytest.fixture
 def counting(feature_store: FeatureStore, online: OnlineStore) -> Counting:
-    return Counting(feature_store, online)
+    return Counting(feature_store, online, Retired())
 
 
 async def test_the_row_true_at_the_event_time_is_read_not_the_newest(reader: FeatureReader, append: Append) -> None:
@@ -131,12 +132,12 @@ def own_redis(tmp_path: Path) -> Iterator[tuple[str, Child]]:
 @pytest.fixture
 async def own_reader(own_redis: tuple[str, Child], feature_store: FeatureStore) -> AsyncIterator[FeatureReader]:
     async with open_redis(own_redis[0]) as redis:
-        yield FeatureReader(feature_store, OnlineStore(redis))
+        yield FeatureReader(feature_store, OnlineStore(redis), Retired())
 
 
 async def from_postgresql(feature_store: FeatureStore, asked: list[AsOf]) -> Mapping[AsOf, OnlineRow | None]:
     async with open_redis("redis://127.0.0.1:9/0") as nowhere:
-        return await FeatureReader(feature_store, OnlineStore(nowhere))._stored_now(asked)
+        return await FeatureReader(feature_store, OnlineStore(nowhere), Retired())._stored_now(asked)
 
 
 @pytest.mark.parametrize("trouble", ["none", "killed", "frozen", "poisoned", "swapped", "flushed"])
@@ -186,7 +187,7 @@ async def test_control_a_reader_that_does_not_check_values_is_taken_in(
     url, child = own_redis
     asked = [as_of for as_of in await history(append_all, seed=1) if as_of[1] >= microseconds(NOON + 11 * HOUR)]
     async with open_redis(url) as redis:
-        trusting = FeatureReader(feature_store, Trusting(redis))
+        trusting = FeatureReader(feature_store, Trusting(redis), Retired())
         expected = await from_postgresql(feature_store, asked)
         for _ in range(3):
             assert await trusting.at(asked) == expected

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import Conflict
-from mojomesh_chassis.objects import Objects
+from mojomesh_chassis.objects import Objects, open_objects
 from mojomesh_contracts.definitions import Model, parse_definition
 from mojomesh_features.sealing import Due, Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
@@ -178,6 +178,21 @@ async def test_a_snapshot_is_the_same_from_the_tail_from_segments_and_from_both(
     assert [await take(snapshots, model, definitions, first), await take(snapshots, by_row, definitions, first)] == from_tail
     assert await take(snapshots, model, definitions, second) == all_from_both
     assert 0 < from_tail[0].n_rows < all_from_both.n_rows
+
+
+async def test_segments_in_a_store_that_is_no_folder_are_read_as_well(
+    feature_store: FeatureStore, postgres: Any, append_all: AppendAll, definitions: Definitions, model: Model, tmp_path: Path
+) -> None:
+    objects = open_objects("memory:///mesh")
+    snapshots = Snapshots(feature_store, [postgres.url], objects, tmp_path / "work", "256MB")
+    at = (await some_rows(append_all))[-1].created_at
+    from_tail = await take(snapshots, model, definitions, at)
+
+    await Sealer(feature_store, [postgres.url], objects, tmp_path / "work", "256MB").seal(definitions)
+
+    assert await objects.list("segments/flights") == ["segments/flights/0-0000000000000000.parquet"]
+    assert not await objects.create("segments/flights/0-0000000000000000.parquet", b"another")
+    assert await take(snapshots, model, definitions, at) == from_tail
 
 
 async def test_the_digest_of_a_known_table_is_what_it_always_was(

@@ -443,6 +443,22 @@ async def test_what_is_no_inference_request_is_refused_as_the_protocol_says(scor
     assert complaint in reply.json()["error"]
 
 
+async def test_a_request_is_given_up_when_its_time_is_over(mesh: Mesh, models: dict[str, Trained]) -> None:
+    mesh.features.vectors["UA2"] = models["binomial"].rows[0]
+    mesh.features.gate.clear()
+    try:
+        late = await mesh.scorer.http.post("/v1/models/binomial:score?timeout_ms=50", json={"entity_id": "UA2"})
+    finally:
+        mesh.features.gate.set()
+
+    assert late.status_code == 504
+    assert "not answered within 0.05 s" in late.json()["error"]["message"]
+    in_time = await mesh.scorer.http.post("/v1/models/binomial:score?timeout_ms=20000", json={"entity_id": "UA2"})
+    assert in_time.status_code == 200
+    odd = {"parameters": {"timeout": "soon"}, "inputs": models["binomial"].one_row_tensors(models["binomial"].rows[0])}
+    assert (await mesh.scorer.http.post("/v2/models/binomial/infer", json=odd)).status_code == 400
+
+
 async def test_a_worker_refuses_early_what_is_too_much(
     kafka_server: str, mesh: Mesh, models: dict[str, Trained], keys: Keys, tmp_path: Path
 ) -> None:
@@ -459,8 +475,9 @@ async def test_a_worker_refuses_early_what_is_too_much(
         refused = await scorer.http.post("/v1/models/binomial:score", json={"entity_id": "UA1"})
         with triton_grpc.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
             inputs = triton_inputs(triton_grpc, models["binomial"], 1)
+            outputs = [triton_grpc.InferRequestedOutput("score")]  # a plain row by value is answered at once, whatever else waits
             with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
-                await asyncio.to_thread(client.infer, "binomial", inputs)
+                await asyncio.to_thread(client.infer, "binomial", inputs, outputs=outputs)
         mesh.features.gate.set()
 
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")

@@ -168,6 +168,32 @@ async def test_nobody_lowers_the_floor(shard: Database) -> None:
     assert row.created_at > now
 
 
+async def index_used_for_containment(owner: Database) -> set[str]:
+    """The indexes by which PostgreSQL would look for rows with certain values."""
+    async with owner.begin() as db:
+        plan = await db.execute(
+            text("""EXPLAIN SELECT entity_id FROM store.feature_rows WHERE "values" @> '{"gate": "B 7", "distance": 7}'""")
+        )
+        lines = plan.scalars().all()
+    return {line.split(" on ")[1].split()[0] for line in lines if "Index Scan" in line}
+
+
+async def test_a_question_of_containment_uses_the_gin_index(shard: Database, owner: Database) -> None:
+    await append(shard, *(make_event(str(n), distance=n, gate=f"B {n}") for n in range(3000)))
+    async with owner.begin() as db:
+        await db.execute(text("ANALYZE store.feature_rows"))
+        tree = await db.scalars(text("SELECT relid::regclass::text FROM pg_partition_tree('store.feature_rows_values')"))
+        of_gin = {name.removeprefix("store.") for name in tree}
+
+    used = await index_used_for_containment(owner)
+    async with owner.begin() as db:
+        await db.execute(text("DROP INDEX store.feature_rows_values"))
+
+    assert used
+    assert used <= of_gin
+    assert await index_used_for_containment(owner) == set()
+
+
 # The snapshot's promise: the rows with created_at <= snapshot_time are the same for ever.
 
 

@@ -16,6 +16,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_features import handlers, routes
 from mojomesh_features.champions import ChampionBundles, Champions
 from mojomesh_features.reading import FeatureReader
+from mojomesh_features.retiring import Retired, retiring
 from mojomesh_features.sealing import Due, Sealer, sealing
 from mojomesh_features.settings import FeaturesSettings
 from mojomesh_features.snapshots import Snapshots
@@ -56,10 +57,11 @@ def build(settings: FeaturesSettings) -> FastAPI:
             sealer = Sealer(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
             due = Due(settings.seal_rows, settings.seal_age)
             await stack.enter_async_context(sealing(sealer, definitions, due, health))
+            await stack.enter_async_context(retiring(feature_store, definitions, retired := Retired(), settings.keep, health))
             yield {
                 "database": database,
                 "feature_store": feature_store,
-                "reader": FeatureReader(feature_store, online),
+                "reader": FeatureReader(feature_store, online, retired),
                 "definitions": definitions,
                 "snapshots": snapshots,
                 "sealer": sealer,

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from mojomesh_chassis.database import Database
 from mojomesh_features.coalescing import Coalescer
+from mojomesh_features.retiring import Retired
 from mojomesh_store import rows
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore
@@ -20,14 +21,21 @@ Thing = TypeVar("Thing")
 class FeatureReader:
     """The rows of entities as of event times, as the mesh knows them now or knew them."""
 
-    def __init__(self, feature_store: FeatureStore, online: OnlineStore) -> None:
+    def __init__(self, feature_store: FeatureStore, online: OnlineStore, retired: Retired) -> None:
         self._feature_store = feature_store
         self._online = online
+        self._retired = retired
         self._windows: Coalescer[Entity, Window] = Coalescer(self.windows)
         self._older: Coalescer[AsOf, OnlineRow | None] = Coalescer(self._stored_now)
 
     async def at(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
-        """The row of each entity that was true at the event time, as known now; None if there is none."""
+        """The row of each entity that was true at the event time, as known now; None if there is none.
+
+        Raises:
+            Gone: Rows that were true then have left PostgreSQL.
+        """
+        for (feature_set, _), at_us in asked:
+            self._retired.check(feature_set, at_us)
         windows = await self._windows.get(dict.fromkeys(entity for entity, _ in asked))
         older = await self._older.get(dict.fromkeys(as_of for as_of in asked if not windows[as_of[0]].covers(as_of[1])))
         return {as_of: older[as_of] if as_of in older else windows[as_of[0]].at(as_of[1]) for as_of in asked}
@@ -37,9 +45,15 @@ class FeatureReader:
 
         Raises:
             PermanentError: `snapshot_time` is later than now.
+            Gone: Rows that were true, or known, then have left PostgreSQL.
         """
+        for (feature_set, _), at_us in asked:
+            self._retired.check(feature_set, at_us)
         await self._feature_store.pass_snapshot(snapshot_time)
-        return await self._stored(asked, snapshot_time)
+        found = await self._stored(asked, snapshot_time)
+        for ((feature_set, _), _), row in found.items():
+            self._retired.check_known(feature_set, None if row is None else row.event_us)
+        return found
 
     async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]]) -> list[Vector | None]:
         """A model's vector of each entity_id at its event time (microseconds since 1970); None where the spine has no row."""
@@ -63,7 +77,7 @@ class FeatureReader:
             async with shard.begin() as db:
                 newest = await rows.newest_of_many(db, feature_set, [entity_id for _, entity_id in part], ROWS_KEPT)
             for entity, found in zip(part, newest, strict=True):
-                loaded[entity] = Window.of([OnlineRow.of(row) for row in found], ROWS_KEPT)
+                loaded[entity] = self._retired.cut(feature_set, Window.of([OnlineRow.of(row) for row in found], ROWS_KEPT))
         return loaded
 
     async def _stored_now(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:

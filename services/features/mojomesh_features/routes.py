@@ -82,11 +82,17 @@ class AskedVectors(BaseModel):
 
 @router.get("/v1/features")
 async def stored_rows(feature_store: AFeatureStore, definitions: SomeDefinitions) -> dict[str, dict[str, int]]:
-    """How many rows each feature set has."""
+    """How many rows each feature set has, in PostgreSQL or only in segments."""
     counts = dict.fromkeys(definitions.feature_sets, 0)
     for shard in feature_store.shards:
         async with shard.begin() as db:
-            for feature_set, n in await db.execute(text("SELECT feature_set, count(*) FROM store.feature_rows GROUP BY feature_set")):
+            for feature_set, n in await db.execute(
+                text("""
+                SELECT feature_set, count(*) FROM (
+                    SELECT feature_set FROM store.feature_rows UNION ALL SELECT feature_set FROM store.retired_events
+                ) AS stored GROUP BY feature_set
+            """)
+            ):
                 counts[feature_set] = counts.get(feature_set, 0) + n
     return {"rows": counts}
 

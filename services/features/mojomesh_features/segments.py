@@ -75,7 +75,7 @@ def write_segment(shard_url: str, extent: Extent, columns: Mapping[str, str], to
             COPY (
                 SELECT {", ".join(KEYS)}, {features}{OTHER} FROM (SELECT * REPLACE ({parsed} AS vector) FROM arriving)
                 ORDER BY entity_id, event_time, created_at, seq
-            ) TO '{to}' (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{mojomesh: '{about}'}})
+            ) TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, KV_METADATA {{mojomesh: '{about}'}})
         """)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def _write(db: duckdb.DuckDBPyConnection, query: str, label: Label, to: Path) ->
     rows = f"({query})"
     if label.type == "binary":  # an integer; one that is no label is written as 2, and told
         rows = f"(SELECT * REPLACE (CASE WHEN label IN (0, 1) THEN CAST(label AS INTEGER) ELSE 2 END AS label) FROM {rows})"
-    db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd)")
+    db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)")
     if label.type == "binary" and db.execute(f"SELECT 1 FROM '{to}' WHERE label = 2 LIMIT 1").fetchone():
         wrong, entity_id = db.execute(f"SELECT label, entity_id FROM ({query}) WHERE label NOT IN (0, 1) LIMIT 1").fetchall()[0]
         raise UnusableDefinition(f"a binary label is 0 or 1 (or false, true); that of '{entity_id}' is {wrong:g}")
@@ -125,24 +126,29 @@ def _write(db: duckdb.DuckDBPyConnection, query: str, label: Label, to: Path) ->
 
 def _digest(rows: pa.RecordBatchReader) -> tuple[str, int]:
     """SHA-256 of rows in their order, and their number: of names, types and values, whatever the file's bytes or the batches."""
-    parts = {field.name: [hashlib.sha256() for _ in range(3)] for field in rows.schema}
+    parts = {field.name: tuple(hashlib.sha256() for _ in range(3)) for field in rows.schema}
     n_rows = 0
-    for batch in rows:
-        n_rows += batch.num_rows
-        for name, (present, sizes, content) in parts.items():
-            column = batch.column(name)
-            present.update(np.asarray(pc.is_valid(column)).astype(np.uint8).tobytes())
-            if pa.types.is_string(column.type):
-                offsets, text = _texts(pc.fill_null(column, ""))
-                sizes.update(np.diff(offsets).astype("<i8").tobytes())
-                content.update(text)
-            else:
-                values = np.asarray(pc.fill_null(column, 0))
-                content.update((values + values.dtype.type(0)).tobytes())  # adding 0 makes -0.0 the 0.0 that it equals
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
+        for batch in rows:
+            n_rows += batch.num_rows
+            list(threads.map(_hash_column, batch.columns, parts.values()))
     whole = hashlib.sha256()
     for field in rows.schema:
         whole.update(f"{field.name} {field.type} {' '.join(part.hexdigest() for part in parts[field.name])}\n".encode())
     return whole.hexdigest(), n_rows
+
+
+def _hash_column(column: pa.Array, hashes: tuple["hashlib._Hash", ...]) -> None:
+    """Add a column of a batch to the hashes of which values there are, of how long the texts are, and of the values."""
+    present, sizes, content = hashes
+    present.update(np.asarray(pc.is_valid(column)).astype(np.uint8).tobytes())
+    if pa.types.is_string(column.type):
+        offsets, text = _texts(pc.fill_null(column, ""))
+        sizes.update(np.diff(offsets).astype("<i8").tobytes())
+        content.update(text)
+    else:
+        values = np.asarray(pc.fill_null(column, 0))
+        content.update((values + values.dtype.type(0)).tobytes())  # adding 0 makes -0.0 the 0.0 that it equals
 
 
 def _texts(column: pa.StringArray) -> tuple[NDArray[np.int32], memoryview]:

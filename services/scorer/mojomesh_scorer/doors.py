@@ -1,9 +1,13 @@
 """What every door of a worker has: the core, and the receipts."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
 
+from mojomesh_scorer.errors import DeadlineMissed
 from mojomesh_scorer.receipts import Receipts
 from mojomesh_scorer.scoring import Scored, Scoring
 
@@ -30,6 +34,20 @@ class Doors:
             await self.receipts.save(scored)
         else:
             self.receipts.add(scored)
+
+
+@asynccontextmanager
+async def within(timeout_s: float | None) -> AsyncIterator[None]:
+    """Give up what is inside after a time; None gives it all it needs.
+
+    Raises:
+        DeadlineMissed: The time is over.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise DeadlineMissed(f"not answered within {timeout_s:g} s, as the request asks") from None
 
 
 def doors_of(request: Request) -> Doors:

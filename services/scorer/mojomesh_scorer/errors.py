@@ -52,5 +52,11 @@ class LoadFailed(BadBundle):
     """A worker could not load the bundle."""
 
 
+class DeadlineMissed(TransientError):
+    """The answer was not ready within the time that the request gives."""
+
+    status = 504
+
+
 class WorkerLost(TransientError):
     """A worker died, or did not answer in time and was killed."""

@@ -100,6 +100,19 @@ def entity_asked(entity_id: object) -> str | None:
     return entity_id
 
 
+def timeout_s_of(microseconds: object) -> float | None:
+    """The request's parameter `timeout`, which clients send in microseconds; nothing or 0 is none.
+
+    Raises:
+        BadTensor: It is no whole number.
+    """
+    if not microseconds:
+        return None
+    if not isinstance(microseconds, int) or microseconds < 0:
+        raise BadTensor(f"timeout {microseconds!r} is not a number of microseconds")
+    return microseconds / 1e6
+
+
 def version_asked(text: str) -> int | None:
     """A version of a path or a field; empty is whichever serves.
 

@@ -47,20 +47,22 @@ def _block(model: LoadedModel, predictions: list[dict[str, object]], replica: st
 
 
 def _predictions(scored: Scored) -> Iterator[dict[str, object]]:
-    made_at = scored.made_at
+    made_at = scored.made_at.isoformat()
     for n, (prediction_id, inputs, scores) in enumerate(zip(scored.prediction_ids, scored.inputs, scored.scores, strict=True)):
         row = scored.rows[n] if scored.rows else NO_ROW
-        found = scored.found[n] if scored.found else None
-        yield {
+        prediction: dict[str, object] = {
             "prediction_id": prediction_id,
             "entity_id": row.entity_id,
             "event_time": row.event_time or made_at,
             "made_at": made_at,
             "inputs": inputs,  # a missing value is NaN here, and null in JSON
             "scores": scores,
-            "rows": [used.__dict__ for used in found.used] if found else [],
-            "request_id": row.request_id,
         }
+        if scored.found and (found := scored.found[n]):
+            prediction["rows"] = [used.__dict__ for used in found.used]
+        if row.request_id:
+            prediction["request_id"] = row.request_id
+        yield prediction
 
 
 _Kept = tuple[Scored, trace.SpanContext]

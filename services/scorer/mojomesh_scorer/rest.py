@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mojomesh_chassis.errors import MeshError, TransientError
 from mojomesh_chassis.http import read_body
-from mojomesh_scorer.doors import MAX_BINARY_BYTES, MAX_JSON_BYTES, Doors, doors_of
+from mojomesh_scorer.doors import MAX_BINARY_BYTES, MAX_JSON_BYTES, Doors, doors_of, within
 from mojomesh_scorer.errors import BadTensor, NotServed
 from mojomesh_scorer.open_inference import (
     EXTENSIONS,
@@ -24,6 +24,7 @@ from mojomesh_scorer.open_inference import (
     inputs_of,
     n_rows_of,
     outputs_of,
+    timeout_s_of,
     version_asked,
 )
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
@@ -120,15 +121,19 @@ async def model_ready(doors: OpenDoors, model: str, version: str = "") -> Respon
 @router.post("/models/{model}/infer")
 @router.post("/models/{model}/versions/{version}/infer")
 async def model_infer(request: Request, doors: OpenDoors, model: str, version: str = "", durable: bool = False) -> Response:
-    """Score one tensor a column, each of shape [n] or [n, 1]."""
+    """Score one tensor a column, each of shape [n] or [n, 1].
+
+    Parameters of the request: `binary_data_output`, `explain`, `entity_id`, and `timeout` in microseconds.
+    """
     with doors.scoring.admitted():
         header_length = request.headers.get(HEADER_LENGTH)
         body = await read_body(request, MAX_JSON_BYTES if header_length is None else MAX_BINARY_BYTES)
         asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
-        entity_id = entity_asked(asked.parameters.get("entity_id"))
-        scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version), entity_id)
-        outputs = await answer(scored, [output.name for output in asked.outputs], bool(asked.parameters.get("explain")))
-        await doors.keep_receipt(scored, durable)
+        async with within(timeout_s_of(asked.parameters.get("timeout"))):
+            entity_id = entity_asked(asked.parameters.get("entity_id"))
+            scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version), entity_id)
+            outputs = await answer(scored, [output.name for output in asked.outputs], bool(asked.parameters.get("explain")))
+            await doors.keep_receipt(scored, durable)
     binary_default = bool(asked.parameters.get("binary_data_output", False))
     binary = {output.name: bool(output.parameters.get("binary_data", binary_default)) for output in asked.outputs}
     head: dict[str, object] = {"model_name": model, "model_version": str(scored.model.version)}

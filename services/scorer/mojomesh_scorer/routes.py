@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from mojomesh_chassis.http import read_body
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of
+from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of, within
 from mojomesh_scorer.scoring import MAX_ROWS, NO_ROW, Row, Scored, score_of
 
 router = APIRouter(prefix="/v1/models", tags=["scoring"])
@@ -80,6 +80,7 @@ async def score(
     model: str,
     request: Request,
     durable: Annotated[bool, Query(description="Answer only after Kafka has the receipt")] = False,
+    timeout_ms: Annotated[float | None, Query(gt=0, description="Give up after this time, with 504")] = None,
     explain: Annotated[bool, Query(description="Say what each column adds to the raw score, which the bias completes")] = False,
 ) -> Response:
     """Predict for one row, or for many: then the predictions come in a list, in the order of the rows, each with its version.
@@ -91,10 +92,11 @@ async def score(
     with doors.scoring.admitted():
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
-        blocks = await doors.scoring.score_rows(model, rows)
-        predictions = await _in_order(blocks, explain)
-        for scored in blocks:
-            await doors.keep_receipt(scored, durable)
+        async with within(timeout_ms and timeout_ms / 1000):
+            blocks = await doors.scoring.score_rows(model, rows)
+            predictions = await _in_order(blocks, explain)
+            for scored in blocks:
+                await doors.keep_receipt(scored, durable)
     content = predictions[0] if asked.rows is None else {"predictions": predictions}
     above = head(blocks[0]) if len(blocks) == 1 else {"model": model, "version": None, "bundle_digest": None}
     return Response(orjson.dumps({**above, **content}), media_type="application/json")

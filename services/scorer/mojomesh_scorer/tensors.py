@@ -6,6 +6,7 @@ Source: kserve/open-inference-protocol, specification/protocol (required API, bi
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,15 +58,15 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Sequence
         BadTensor: The elements do not fit datatype or shape.
     """
     n_rows = check_shape(name, shape)
-    flat = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+    kinds = set(map(type, values))
+    flat = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values] if list in kinds else values
     if len(flat) != n_rows:
         raise BadTensor(f"input '{name}' has {len(flat)} elements, its shape says {n_rows}")
+    wanted, missing = ((str,), '""') if datatype == "BYTES" else ((int, float, bool), "NaN")
+    if not kinds <= {*wanted} and (odd := [value for value in flat if not isinstance(value, wanted)]):
+        raise BadTensor(f"input '{name}' is {datatype} and holds {odd[0]!r}; a missing value is {missing}")
     if datatype == "BYTES":
-        if odd := [value for value in flat if not isinstance(value, str)]:
-            raise BadTensor(f"input '{name}' is BYTES and holds {odd[0]!r}; a missing text is \"\"")
-        return Tensor(name, datatype, list(shape), [str(value) for value in flat])
-    if odd := [value for value in flat if not isinstance(value, int | float)]:
-        raise BadTensor(f"input '{name}' is {datatype} and holds {odd[0]!r}; a missing number is NaN")
+        return Tensor(name, datatype, list(shape), cast(list[str], flat))
     try:
         return Tensor(name, datatype, list(shape), np.array(flat, dtype=_dtype(name, datatype)))
     except (OverflowError, ValueError) as error:

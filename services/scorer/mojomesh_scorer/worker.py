@@ -134,9 +134,10 @@ class Worker:
             )
         )
         app = _app(self._settings, health, self._doors)
+        short = ShortAnswers(self._doors)
         with opened_above_connections():
-            await self._open.enter_async_context(serving_grpc(self._doors, self._settings.host, grpc))
-            await self._open.enter_async_context(serving_http(app, ShortAnswers(self._doors), self._settings.host, http))
+            await self._open.enter_async_context(serving_grpc(self._doors, short, self._settings.host, grpc))
+            await self._open.enter_async_context(serving_http(app, short, self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
         # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()

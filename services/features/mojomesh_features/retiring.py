@@ -1,0 +1,117 @@
+"""Partition maintenance: partitions ahead of time, and old rows out of PostgreSQL, where an installation has set how long they stay."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.errors import PermanentError, TransientError
+from mojomesh_chassis.health import Health
+from mojomesh_chassis.telemetry import log
+from mojomesh_store import retirement
+from mojomesh_store.online import EVER, Window, microseconds, moment
+from mojomesh_store.retirement import Retirement
+from mojomesh_store.shards import FeatureStore
+
+LOOK_S = 60.0
+
+
+class Gone(PermanentError):
+    """Rows that have left PostgreSQL; only snapshots reach them."""
+
+    status = 410
+
+
+class Retired:
+    """What this process knows of the rows that have left: at most a minute old, as `retirement.GRACE` needs."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Retirement] = {}
+
+    async def look(self, feature_store: FeatureStore) -> None:
+        """Learn what was announced, on every shard."""
+        for shard in feature_store.shards:
+            async with shard.begin() as db:
+                for found in await retirement.retirements(db):
+                    if found.feature_set not in self._of or found.before > self._of[found.feature_set].before:
+                        self._of[found.feature_set] = found
+
+    def cut(self, feature_set: str, window: Window) -> Window:
+        """The window, less the times of which it does not know what has left: it is complete from the last row that had to stay."""
+        before = self._before(feature_set)
+        stayed = next((row.event_us for row in window.rows if row.event_us < before), before)
+        return replace(window, complete_from=max(window.complete_from, stayed))
+
+    def check(self, feature_set: str, at_us: int) -> None:
+        """Refuse to read as of an event time from which rows may be missing.
+
+        Raises:
+            Gone: They may.
+        """
+        if at_us < (before := self._before(feature_set)):
+            raise Gone(f"rows of '{feature_set}' before {moment(before).isoformat()} have left PostgreSQL; take a snapshot to see them")
+
+    def check_known(self, feature_set: str, row_us: int | None) -> None:
+        """Refuse an answer as known at an earlier time, by its row's event time (None: no row), in whose place a row that left may belong.
+
+        Raises:
+            Gone: It may: among rows that may leave only those stay that come last by what is known now.
+        """
+        self.check(feature_set, EVER if row_us is None else row_us)
+
+    def _before(self, feature_set: str) -> int:
+        found = self._of.get(feature_set)
+        return EVER if found is None else microseconds(found.before)
+
+
+async def maintain(feature_store: FeatureStore, feature_sets: Iterable[str], keep: timedelta, grace: timedelta = retirement.GRACE) -> int:
+    """One round on every shard: add partitions, announce what is older than `keep`, by months, and take out what was announced; how many.
+
+    Raises:
+        TransientError: A shard does not answer, or a partition was in use for too long; a later round goes on from there.
+    """
+    gone = 0
+    month = (datetime.now(UTC) - keep).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    for shard in feature_store.shards:
+        for feature_set in feature_sets:
+            async with shard.begin() as db:
+                if await retirement.take_turn(db):
+                    await retirement.add_partitions(db, feature_set)
+                    gone += await retirement.retire(db, feature_set, grace)
+                    await retirement.announce(db, feature_set, month)
+    return gone
+
+
+@asynccontextmanager
+async def retiring(
+    feature_store: FeatureStore, definitions: Definitions, retired: Retired, keep: timedelta | None, health: Health
+) -> AsyncIterator[None]:
+    """Maintain partitions beside the service, and keep `retired` current. Should a bug end it, the service is not ready any more."""
+    await retired.look(feature_store)
+    task = asyncio.create_task(_keep_retiring(feature_store, definitions, retired, keep))
+
+    async def ping() -> None:
+        if task.done():
+            await task
+            raise TransientError("partition maintenance has stopped")
+
+    health.add("partitions", ping)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _keep_retiring(feature_store: FeatureStore, definitions: Definitions, retired: Retired, keep: timedelta | None) -> None:
+    while True:
+        try:
+            if keep is not None and (gone := await maintain(feature_store, list(definitions.feature_sets), keep)):
+                log.info("rows_retired", n_rows=gone)
+            await retired.look(feature_store)
+        except TransientError as error:
+            log.warning("partitions_wait", reason=repr(error))
+        await asyncio.sleep(LOOK_S)

@@ -57,8 +57,8 @@ async def set_traffic(
     if (total := sum(share for share in wanted.values() if share)) > MAX_SHARE:
         raise WrongTraffic(f"the shares sum up to {total}; leave the champion at least {1 - MAX_SHARE}")
     for version, share in wanted.items():
-        if share is None and (reason_not := unlike(champion, versions[version])):
-            raise WrongTraffic(f"version {version} cannot be a shadow of version {champion.version}: {reason_not}")
+        if share is None and (why := unlike(champion, versions[version])):
+            raise WrongTraffic(f"version {version} cannot be a shadow of version {champion.version}: {why}")
     last = await traffic_of(db, champion.model)
     before = {one.version: one.buckets for one in challengers_of(last)}
     buckets = allot(before, {version: int((share or 0) * BUCKETS) for version, share in wanted.items()})

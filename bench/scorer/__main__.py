@@ -35,20 +35,20 @@ class Extent:
     cells: list[Cell]
     rates_of_peers: bool
     rounds: int
-    seconds: float
-    warm_up: float
+    seconds: int
+    warm_up: int
     messages: int
     swaps: int
     deaths: int
 
 
-QUICK = Extent([Cell(1), Cell(1000)], rates_of_peers=False, rounds=1, seconds=4.0, warm_up=2.0, messages=60_000, swaps=2, deaths=2)
+QUICK = Extent([Cell(1), Cell(1000)], rates_of_peers=False, rounds=1, seconds=4, warm_up=2, messages=60_000, swaps=2, deaths=2)
 WHOLE = Extent(
     [Cell(n_rows, connections) for n_rows in N_REQUESTS for connections in (64, 16, 1)],
     rates_of_peers=True,
     rounds=3,
-    seconds=5.0,
-    warm_up=5.0,
+    seconds=5,
+    warm_up=5,
     messages=300_000,
     swaps=10,
     deaths=6,
@@ -118,7 +118,7 @@ async def measure_http(mesh: Mesh, known: Known, extent: Extent, bodies: Path, r
         results.receipts_dropped = await dropped(scorer)
 
 
-async def warm_up(server: Serving, files: dict[int, Path], seconds: float, results: Results) -> None:
+async def warm_up(server: Serving, files: dict[int, Path], seconds: int, results: Results) -> None:
     """Load of each size, every answer compared."""
     checked = wrong = 0
     for n_rows, requests in files.items():

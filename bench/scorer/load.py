@@ -58,7 +58,7 @@ def _spending(serving: Serving) -> Iterator[dict[str, float]]:
     spent |= {"cpu_s": serving.cpu_s() - before, "rss_mb": serving.rss_mb()}
 
 
-def closed_loop(serving: Serving, requests: Path, connections: int, seconds: float, check: bool = False) -> Measured:
+def closed_loop(serving: Serving, requests: Path, connections: int, seconds: int, check: bool = False) -> Measured:
     """As many requests as `connections` clients get answered, each asking again at once."""
     argv = [
         "wrk",
@@ -103,7 +103,7 @@ def open_loop(serving: Serving, bodies: Path, rate: int, seconds: float) -> Meas
         found["latencyPercentiles"]["p50"] * 1000,
         found["latencyPercentiles"]["p99"] * 1000,
         not_ok + broken,
-        spent["cpu_s"] / n_answers * 1e6,
+        spent["cpu_s"] / max(1, n_answers) * 1e6,
         spent["rss_mb"],
     )
 
@@ -146,7 +146,7 @@ def grpc_loop(serving: Serving, request: Path, seconds: float) -> Measured:
         percentiles[50],
         percentiles[99],
         found["count"] - n_ok,
-        spent["cpu_s"] / found["count"] * 1e6,
+        spent["cpu_s"] / max(1, found["count"]) * 1e6,
         spent["rss_mb"],
     )
 

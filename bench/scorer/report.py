@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -45,8 +46,8 @@ Rounds = dict[str, list[Measured]]
 class Results:
     """All that a run found."""
 
-    warm_up_s: float
-    run_s: float
+    warm_up_s: int
+    run_s: int
     rounds: int
     blocks: Blocks
     stream: list[Streamed]
@@ -68,8 +69,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 
 def ratios(rounds: Mapping[str, Sequence[Measured]], ours: str, peer: str) -> list[float]:
-    """Ours to the peer's requests a second, round by round."""
-    return [mine.requests_per_s / theirs.requests_per_s for mine, theirs in zip(rounds[ours], rounds[peer], strict=True)]
+    """Ours to the peer's requests a second, round by round; infinite where the peer answered nothing in time."""
+    pairs = zip(rounds[ours], rounds[peer], strict=True)
+    return [mine.requests_per_s / theirs.requests_per_s if theirs.requests_per_s else inf for mine, theirs in pairs]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -168,18 +170,18 @@ def page(results: Results) -> str:
     lines += [
         "Written by `make bench-scorer`. Every server serves the same MOJO (GBM, 100 trees of depth 5, 14 columns) and answers the same",
         "requests of the Open Inference Protocol V2 in JSON; those of one row ask for all outputs, larger ones for the scores. The scorer",
-        "runs as `mojomesh up` starts it: supervisor, two workers, logs, traces (spans are made and, as no collector is named, not",
-        "exported), metrics, and receipts of every prediction to a Kafka on the same cores. Load generators (wrk, oha, ghz) share the",
+        "runs as `mojomesh up` starts it: supervisor, two workers, logs, tracing (as no collector is named, no span is exported), metrics,",
+        "and receipts of every prediction to a Kafka on the same cores. Load generators (wrk, oha, ghz) share the",
         "cores too; nothing is pinned. All servers are up at once, and idle but for the one that is measured; they take turns within each",
         "round, in another order each time.",
         "",
         f"- Machine: {_machine()}.",
-        f"- Warm-up: {results.warm_up_s:g} s a server and size of request, during which every answer is compared with genmodel's score,",
-        f"  to the last bit. Then {results.rounds} round(s) of {results.run_s:g} s. Shown are medians, least and most in brackets;",
+        f"- Warm-up: {results.warm_up_s} s a server and size of request, during which every answer is compared with genmodel's score,",
+        f"  to the last bit. Then {results.rounds} round(s) of {results.run_s} s. Shown are medians, least and most in brackets;",
         "  a ratio is of one round.",
         "- Fixed rates: the time of an answer counts from when its request was due, not from when it could be sent.",
-        "- CPU: user and system time of all processes of the server, the broker's (for the receipts) apart.",
-        "- Peers: MLServer in one process (its pool of workers is slower) without gzip and access log; BentoML with two workers; FastAPI",
+        "- CPU: user and system time of all processes of the server; the broker's, for the receipts, is not in it.",
+        "- Peers: MLServer in one process, without a pool of workers, gzip and access log; BentoML with two workers; FastAPI",
         "  as two whole processes with a listener each; all on httptools and uvloop, scoring by `score0` through JPype, and without",
         "  receipts. Undertow with Jackson and `score0` in one JVM, two I/O threads.",
         "",

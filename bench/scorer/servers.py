@@ -114,7 +114,7 @@ def serving_peer(name: str, mojo: Path, folder: Path) -> Iterator[Serving]:
     ready = f"{url}/v2/health/ready"
     match name:
         case "mlserver":
-            # In its own process: a pool of workers behind a queue (parallel_workers=2) is slower. The rest is what costs it time.
+            # Without what costs it time: a pool of workers behind a queue, debugging, compression.
             settings = {"parallel_workers": 0, "debug": False, "gzip_enabled": False, "host": "127.0.0.1"}
             settings |= {"http_port": port, "grpc_port": port + 1, "metrics_port": port + 2}
             (home / "settings.json").write_text(json.dumps(settings))
@@ -204,8 +204,10 @@ async def open_mesh(folder: Path, trained: Trained) -> AsyncIterator[Mesh]:
         }
         publisher = Publisher(kafka.bootstrap)
         registry = Registry(open_objects(env["MOJOMESH_OBJECTS"]), publisher, keys, folder / "bundles")
-        await registry.promote(MODEL, 1, await registry.store(trained, MODEL))
-        yield Mesh(folder, keys, env, registry, child.pid)
-        await publisher.close()
+        try:
+            await registry.promote(MODEL, 1, await registry.store(trained, MODEL))
+            yield Mesh(folder, keys, env, registry, child.pid)
+        finally:
+            await publisher.close()
     finally:
         await asyncio.to_thread(child.stop)

@@ -45,6 +45,9 @@ from mojomesh_contracts.events import (
 )
 from mojomesh_features.champions import ChampionBundles
 from mojomesh_local import ports
+from mojomesh_store import segments
+from mojomesh_store.segments import Segment
+from mojomesh_store.shards import FeatureStore
 from tests.features.making import BASELINE, COLUMNS, NOON, Append, make_block, make_predictions, make_promotion
 
 MOJO = Path(__file__).parents[1] / "registry" / "model.mojo.zip"
@@ -118,8 +121,9 @@ class Service:
         self._log = folder / "features.log"
         self._child: subprocess.Popen[bytes] | None = None
 
-    async def start(self) -> None:
+    async def start(self, **settings: str) -> None:
         """Ready when this returns."""
+        self._environment |= settings
         self._child = child = self._spawn()
         while not await self._is_ready():
             assert child.poll() is None, self._log.read_text()
@@ -288,3 +292,18 @@ async def test_a_bundle_that_comes_later_is_asked_for_again(
     assert await bundles.of(promoted) is None  # not at every block of predictions
     now += 60
     assert await bundles.of(promoted) is not None
+
+
+async def test_what_is_due_is_sealed_by_itself(service: Service, append: Append, feature_store: FeatureStore, objects: Objects) -> None:
+    row = await append("flights", "UA1545", distance=1400)
+    await service.stop()
+    await service.start(FEATURES_SEAL_ROWS="1")
+
+    found: list[Segment] = []
+    while not found:
+        await asyncio.sleep(0.05)
+        async with feature_store.shards[0].begin() as db:
+            found = await segments.segments_of(db, "flights")
+
+    assert [(segment.n_rows, segment.sum_of_seqs) for segment in found] == [(1, row.seq)]
+    assert await objects.list("segments") == [found[0].path]

@@ -36,11 +36,12 @@ def version_of(entity_id: str) -> int:
     return 2 if bucket_of("delay", entity_id) in BUCKETS else 1
 
 
-async def beside(scorer: Scorer, n_workers: int, versions: list[int]) -> None:
+async def beside(scorer: Scorer, n_workers: int, versions: list[int], champion: int = 1) -> None:
     """Wait until so many workers hold these versions beside the champion."""
     while True:
         workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
-        if len(workers) == n_workers and all(worker["open"] and worker["beside"].get("delay") == versions for worker in workers):
+        held = [(worker["serving"].get("delay"), worker["beside"].get("delay")) for worker in workers if worker["open"]]
+        if held == [(champion, versions)] * n_workers:
             return
         await asyncio.sleep(0.02)
 
@@ -139,7 +140,7 @@ async def test_a_replaced_worker_has_the_challengers_stale_settings_change_nothi
     # A challenger that is promoted serves everybody, and goes on when it leaves the traffic.
     await registry.promote("delay", 2, digests[2])
     await registry.set_traffic("delay", 4)
-    await beside(scorer, 2, [])
+    await beside(scorer, 2, [], champion=2)
     assert await serving(theirs) == {2}
     assert await serving(challenged) == {2}
 

@@ -129,3 +129,44 @@ async def test_requests_on_kafka_go_on_when_a_worker_is_killed(
     wanted = {str(request.derive_id("prediction")) for request in requests}
     known = await read_predictions(kafka, wanted)
     assert known.keys() == wanted
+
+
+async def test_connections_are_shared_among_workers(start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]) -> None:
+    await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
+    scorer = await start_scorer()
+    await all_serving(scorer, 2)
+
+    connections = [await asyncio.open_connection("127.0.0.1", scorer.http_port) for _ in range(64)]
+    for reader, writer in connections:  # an answer on each shows that it was accepted
+        writer.write(b"GET /v2/health/live HTTP/1.1\r\nhost: scorer\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+    shares = [
+        sum(open.status == psutil.CONN_ESTABLISHED and open.laddr.port == scorer.http_port for open in worker.net_connections("tcp"))
+        for worker in scorer.workers()
+    ]
+    for _, writer in connections:
+        writer.close()
+
+    assert sum(shares) >= 64
+    assert min(shares) >= 16
+
+
+async def test_a_crash_of_java_is_the_end_of_one_worker_and_ready_is_what_serves(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
+) -> None:
+    await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
+    scorer = await start_scorer()
+    before = await all_serving(scorer, 2)
+
+    psutil.Process(before[0]).send_signal(signal.SIGSEGV)
+    while before[0] in (pids := await all_serving(scorer, 2)):
+        await asyncio.sleep(0.01)
+    assert before[1] in pids  # the other never noticed
+
+    for worker in scorer.workers():
+        worker.kill()
+    while (await scorer.admin.get("/health/ready")).status_code == 200:
+        await asyncio.sleep(0.005)
+    assert "none of 2 workers is up" in (await scorer.admin.get("/health/ready")).text
+    assert set(pids).isdisjoint(await all_serving(scorer, 2))
+    assert (await scorer.admin.get("/health/ready")).status_code == 200

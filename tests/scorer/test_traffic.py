@@ -36,13 +36,13 @@ def version_of(entity_id: str) -> int:
     return 2 if bucket_of("delay", entity_id) in BUCKETS else 1
 
 
-async def beside(scorer: Scorer, n_workers: int, versions: list[int], champion: int = 1) -> None:
-    """Wait until so many workers hold these versions beside the champion."""
+async def beside(scorer: Scorer, n_workers: int, versions: list[int], champion: int = 1) -> set[int]:
+    """Process ids of the workers, once so many hold these versions beside the champion."""
     while True:
         workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
         held = [(worker["serving"].get("delay"), worker["beside"].get("delay")) for worker in workers if worker["open"]]
         if held == [(champion, versions)] * n_workers:
-            return
+            return {worker["pid"] for worker in workers}
         await asyncio.sleep(0.02)
 
 
@@ -117,15 +117,13 @@ async def test_a_replaced_worker_has_the_challengers_stale_settings_change_nothi
             return {(await client.post("/v1/models/delay:score", json=asked)).json()["version"] for _ in range(20)}
 
     await registry.set_traffic("delay", 2, challenger)
-    await beside(scorer, 2, [2])
+    killed = await beside(scorer, 2, [2])
     assert await serving(challenged) == {2}
     await registry.set_traffic("delay", 1)
-    old = {worker.pid for worker in scorer.workers()}
     for worker in scorer.workers():
         worker.kill()
-    while old & {worker.pid for worker in scorer.workers()}:
+    while killed & await beside(scorer, 2, [2]):
         await asyncio.sleep(0.02)
-    await beside(scorer, 2, [2])
     assert await serving(challenged) == {2}
 
     await registry.set_traffic("delay", 3, bad, challenger)

@@ -1,4 +1,4 @@
-"""What `score`, `replay`, `why` and `drift` say, on services that answer as the real ones do."""
+"""What `score`, `replay`, `why`, `drift` and `store seal` say, on services that answer as the real ones do."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -96,7 +96,8 @@ class Services(BaseHTTPRequestHandler):
         self._answer(None)
 
     def do_POST(self) -> None:
-        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(json.loads(body) if body else None)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -221,3 +222,13 @@ def test_values_are_read_by_the_columns_types() -> None:
 def test_a_wrong_value_is_told(pair: str, words: str) -> None:
     with pytest.raises(PermanentError, match=words):
         read_values([pair], COLUMNS)
+
+
+def test_sealing_says_what_is_new(run: Callable[..., Result], services: type[Services]) -> None:
+    sealed = [{"feature_set": "flights", "path": "segments/flights/0-0000000000000000.parquet", "n_rows": 123456}]
+    services.answers |= {"/v1/segments:seal": {"segments": sealed}}
+    assert "123,456  segments/flights/0-0000000000000000.parquet" in run("store", "seal").stdout
+    assert json.loads(run("store", "seal", "--json").stdout) == sealed
+
+    services.answers |= {"/v1/segments:seal": {"segments": []}}
+    assert "Everything is sealed." in run("store", "seal").stdout

@@ -39,7 +39,7 @@ class ReplayAsked(BaseModel):
     inputs: list[float | None]
 
 
-def _swaps(request: Request) -> Swaps:
+async def _swaps(request: Request) -> Swaps:
     swaps: Swaps = request.state.swaps
     return swaps
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mojomesh_chassis.errors import MeshError, TransientError
 from mojomesh_chassis.http import read_body
@@ -43,20 +43,20 @@ class _Input(_Part):
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     data: list[Any] | None = None
 
 
 class _Output(_Part):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class _InferRequest(_Part):
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     inputs: list[_Input]
-    outputs: list[_Output] = []
+    outputs: list[_Output] = Field(default_factory=list)
 
 
 class _V2Route(APIRoute):

@@ -178,6 +178,7 @@ async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> As
         app,
         http=type("WorkerProtocol", (FastLane,), {"answer": staticmethod(answer)}),
         access_log=False,
+        proxy_headers=False,
         log_level="warning",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,

@@ -6,6 +6,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -122,7 +123,8 @@ def vet_mojo(path: Path) -> str:
             for problem in _archive_problems(archive.infolist()):
                 raise BadBundle(f"{path.name}: {problem}")
             info = archive.read("model.ini").decode()
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, KeyError, UnicodeDecodeError, EOFError, OSError) as error:
+        # RuntimeError is what zipfile raises of a file that is encrypted, or packed in a way that it does not know.
         raise BadBundle(f"{path.name} is not a MOJO (POJOs are not served): {error}") from error
     fields = {key.strip(): value.strip() for key, mark, value in (line.partition("=") for line in info.splitlines()) if mark}
     for reason in _not_served(fields):

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError, TransientError
-from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack, store
+from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack, store, traffic
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "The mesh on this machine": (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate),
-    "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback),
+    "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback, traffic.traffic),
     "Data": (publish.publish,),
     "Predictions": (scoring.score, features.why, scoring.replay, features.drift),
 }

@@ -17,7 +17,7 @@ from mojomesh_cli.console import AsJson, out, print_json
 
 Json = dict[str, Any]
 Model = Annotated[str, typer.Argument(help="Name of the model.", show_default=False)]
-Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with the promotion.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with it.")]
 
 POLL_S = 1.0
 _COLOURS = {"champion": "green", "retired": "dim", "rejected": "red"}
@@ -43,7 +43,7 @@ def train(
     if snapshot_time is not None:
         asked["snapshot_time"] = snapshot_time.replace(tzinfo=UTC).isoformat()
     with calling(env, "registry") as registry, calling(env, "trainer") as trainer:
-        event = call(registry, "POST", f"{_path(model)}:train", json=asked)
+        event = call(registry, "POST", f"{path_of(model)}:train", json=asked)
         if not wait:
             _tell(event, as_json, f"Training of {model} is requested; `mojomesh models {model}` shows its versions.")
             return
@@ -60,7 +60,7 @@ def models(
 ) -> None:
     """Show the models, or one model with its versions and why each serves or does not."""
     with calling(mesh_env(state), "registry") as registry:
-        answer = call(registry, "GET", _path(model) if model else "/v1/models")
+        answer = call(registry, "GET", path_of(model) if model else "/v1/models")
     if as_json:
         print_json(answer)
     elif model is None:
@@ -81,9 +81,9 @@ def promote(
     if force and not reason:
         raise PermanentError("--force passes the gate, so say why: add --reason '...'")
     with calling(mesh_env(state), "registry") as registry:
-        seen = call(registry, "GET", _path(model))["champion"]
+        seen = call(registry, "GET", path_of(model))["champion"]
         asked = {"force": force, "reason": reason, "expected_promotion": seen["promotion"] if seen else None}
-        promoted = call(registry, "POST", f"{_path(model)}/versions/{version}:promote", json=asked)
+        promoted = call(registry, "POST", f"{path_of(model)}/versions/{version}:promote", json=asked)
     before = "It was before, too." if seen and seen["version"] == promoted["version"] else _before(seen)
     _tell(promoted, as_json, f"Version {promoted['version']} of {model} is the champion. {before}")
 
@@ -91,13 +91,14 @@ def promote(
 def rollback(model: Model, reason: Reason = None, state: State = DEFAULT_STATE, as_json: AsJson = False) -> None:
     """Return to the version that was champion before the present one."""
     with calling(mesh_env(state), "registry") as registry:
-        seen = call(registry, "GET", _path(model))["champion"]
+        seen = call(registry, "GET", path_of(model))["champion"]
         asked = {"reason": reason, "expected_promotion": seen["promotion"] if seen else None}
-        promoted = call(registry, "POST", f"{_path(model)}:rollback", json=asked)
+        promoted = call(registry, "POST", f"{path_of(model)}:rollback", json=asked)
     _tell(promoted, as_json, f"Version {promoted['version']} of {model} is the champion again. {_before(seen)}")
 
 
-def _path(model: str) -> str:
+def path_of(model: str) -> str:
+    """Where registry has the model."""
     return f"/v1/models/{quote(model, safe='')}"
 
 
@@ -123,7 +124,7 @@ def _until_judged(registry: httpx.Client, trainer: httpx.Client, model: str, eve
 
 
 def _version_caused_by(registry: httpx.Client, model: str, event_id: str) -> Json | None:
-    versions: list[Json] = call(registry, "GET", _path(model))["versions"]
+    versions: list[Json] = call(registry, "GET", path_of(model))["versions"]
     return next((version for version in versions if version["cause"]["event_id"] == event_id), None)
 
 
@@ -177,10 +178,11 @@ def _print_model(answer: Json) -> None:
         return
     columns = ("version", "is", Column("metrics", overflow="fold"), Column("snapshot", no_wrap=True), "because", "reasons")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    beside = {one["version"]: "shadow" if one["share"] is None else f"challenger, {one['share']:.1%}" for one in answer["challengers"]}
     for version in answer["versions"]:
         table.add_row(
             str(version["version"]),
-            f"[{_COLOURS[version['state']]}]{version['state']}[/]",
+            beside.get(version["version"]) or f"[{_COLOURS[version['state']]}]{version['state']}[/]",
             _metrics(version["metrics"]),
             version["snapshot_time"][:16],
             escape(f"{version['cause']['kind']}: {version['cause']['reason']}"),

@@ -24,6 +24,8 @@ from mojomesh_contracts.events import (
     ModelReady,
     PredictionsMade,
     ScoreRequested,
+    ShadowCompared,
+    TrafficSet,
     TrainingRequested,
 )
 
@@ -63,14 +65,14 @@ MESH: tuple[Part, ...] = (
     ),
     Part(
         "registry",
-        work=(ModelReady, FoldTrained, ModelDeployed),
-        publishes=(DefinitionApplied, TrainingRequested, ModelPromoted),
+        work=(ModelReady, FoldTrained, ModelDeployed, ShadowCompared),
+        publishes=(DefinitionApplied, TrainingRequested, ModelPromoted, TrafficSet),
     ),
     Part(
         "scorer",
         work=(ScoreRequested,),
-        broadcast=(DefinitionApplied, ModelPromoted),
-        publishes=(PredictionsMade, ModelDeployed),
+        broadcast=(DefinitionApplied, ModelPromoted, TrafficSet),
+        publishes=(PredictionsMade, ModelDeployed, ShadowCompared),
     ),
 )
 """The services' routers are tested against this table."""

@@ -158,6 +158,26 @@ class ModelPromoted(Event):
     caused_by: UUID = Field(description="The models.ready event or the request that led to it")
 
 
+class Challenger(Frozen):
+    """A version that scores beside the champion: the entities of its buckets; or as a shadow, without buckets, what the champion scores."""
+
+    version: int = Field(ge=1)
+    bundle_digest: str
+    buckets: list[int] = Field(description="Of the 1000 that `traffic.bucket_of` gives entities; empty for a shadow")
+
+
+class TrafficSet(Event):
+    """Which versions score beside the champion from now on. Produced by registry; read by scorer from the beginning."""
+
+    topic: ClassVar[Topic] = Topic("models.traffic.v1", partitions=1, compacted=True)
+    keyed_by: ClassVar[str] = "model"
+
+    model: str
+    setting: int = Field(ge=1, description="Counts the settings of the model: a lower one is stale")
+    set_at: AwareDatetime
+    challengers: list[Challenger] = Field(description="All of them; every other bucket is the champion's")
+
+
 class SwapPhase(Frozen):
     """One step of a swap and how long it took."""
 
@@ -259,6 +279,29 @@ class PredictionsMade(Event):
         return f"{self.model}/{self.event_id}"
 
 
+class ShadowCompared(Event):
+    """What a shadow made of rows that the champion answered, so far. Produced by scorer's workers; read by registry.
+
+    Counts only ever grow: of the events of one `counter`, the one with the most rows has all the others in it.
+    """
+
+    topic: ClassVar[Topic] = Topic("models.shadowed.v1", partitions=3)
+    keyed_by: ClassVar[str] = "model"
+
+    model: str
+    version: int = Field(description="Of the champion")
+    shadow_version: int
+    counter: UUID = Field(description="Of one worker's counting of this pair of versions")
+    counted_at: AwareDatetime
+    n_rows: int = Field(ge=1)
+    n_dropped: int = Field(ge=0, description="Rows that the shadow had no time for, or whose columns it does not have")
+    edges: list[float] = Field(description="Inner edges of the bins of the score (`drift.bin_of_number`)")
+    counts: list[int] = Field(description="The champion's scores, by bin; the last one is for missing")
+    shadow_counts: list[int]
+    sum_of_differences: float = Field(description="Of the absolute differences of the scores")
+    n_agreed: int | None = Field(description="Rows of which both find the same class the likeliest; None for a number")
+
+
 class DriftDetected(Event):
     """Live data has left the model's baseline for several windows in a row. Produced by features; read by trainer."""
 
@@ -284,9 +327,11 @@ EVENTS: tuple[type[Event], ...] = (
     FoldTrained,
     ModelReady,
     ModelPromoted,
+    TrafficSet,
     ModelDeployed,
     ScoreRequested,
     PredictionsMade,
+    ShadowCompared,
     DriftDetected,
 )
 """Every event there is; what creates topics, writes schemas and documents the mesh walks over this."""

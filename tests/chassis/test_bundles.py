@@ -56,3 +56,28 @@ def test_what_is_no_mojo_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadBundle, match="POJOs are not served"):
         vet_mojo(pojo)
+
+
+@pytest.mark.parametrize(
+    ("place", "byte"),
+    [
+        (8, 99),  # packed in a way that nobody knows
+        (6, 1),  # encrypted
+        (14, 255),  # another checksum
+        (-1, 255),  # damaged data
+    ],
+)
+def test_a_damaged_archive_is_refused(tmp_path: Path, place: int, byte: int) -> None:
+    mojo = tmp_path / "model.mojo.zip"
+    with zipfile.ZipFile(mojo, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.ini", "[info]\n" + "".join(f"{name} = {value}\n" for name, value in SERVED.items()))
+    content = bytearray(mojo.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    if place < 0:
+        content[30 + len("model.ini")] = byte
+    else:  # the same field is there twice: before the data, and two bytes further on in the directory at the end
+        content[place] = content[directory + place + 2] = byte
+    mojo.write_bytes(content)
+
+    with pytest.raises(BadBundle, match="is not a MOJO"):
+        vet_mojo(mojo)

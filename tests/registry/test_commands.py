@@ -1,4 +1,4 @@
-"""The commands apply, train, models, promote and rollback against a registry at a port."""
+"""The commands apply, train, models, promote, rollback and traffic against a registry at a port."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from typer.testing import CliRunner, Result
 
-from mojomesh_chassis.errors import MeshError
+from mojomesh_chassis.errors import MeshError, PermanentError
 from mojomesh_cli.calls import CallFailed
 from mojomesh_cli.main import app
 from mojomesh_cli.models import TrainingFailed
@@ -160,3 +160,21 @@ async def test_with_nobody_there_the_command_says_what_to_do(commands: Commands)
     result = await commands.run("models")
     assert isinstance(result.exception, CallFailed)
     assert "mojomesh up" in str(result.exception)
+
+
+async def test_traffic_is_set_shown_and_cleared(commands: Commands, served: Any) -> None:
+    for number in (1, 2, 3):
+        await served.offer(served.make_bundle(auc=0.7 if number == 1 else 0.55))
+        await served.version(number)
+
+    given = (await commands.run("traffic", "delay", "2=0.05", "3=shadow")).stdout
+    listed = (await commands.run("models", "delay")).stdout
+    cleared = await commands.json("traffic", "delay", "--clear")
+
+    assert "version 1 is the champion of delay and scores 95.0% of the entities" in given
+    assert "version 2 scores 5.0% of the entities" in given
+    assert "version 3 is a shadow" in given
+    assert "challenger, 5.0%" in listed
+    assert (cleared["setting"], cleared["challengers"], cleared["shadows"]) == (2, [], [])
+    for wrong in (["2"], ["2=much"], ["2=0.1", "--clear"]):
+        assert isinstance((await commands.run("traffic", "delay", *wrong)).exception, PermanentError)

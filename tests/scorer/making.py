@@ -44,7 +44,7 @@ from mojomesh_contracts.bundles import (
     Manifest,
 )
 from mojomesh_contracts.definitions import Algorithm, FeatureSource, Label, Model, WalkForward
-from mojomesh_contracts.events import Event, Metrics, ModelPromoted, Prediction, PredictionsMade
+from mojomesh_contracts.events import Challenger, Event, Metrics, ModelPromoted, Prediction, PredictionsMade, TrafficSet
 from mojomesh_local import ports
 from mojomesh_local.processes import Child, Command, Server
 
@@ -180,6 +180,11 @@ class Registry:
         )
         await self.publisher.publish([event])
         return event
+
+    async def set_traffic(self, model: str, setting: int, *challengers: Challenger) -> None:
+        """Announce who scores beside the champion."""
+        event = TrafficSet(event_id=uuid4(), model=model, setting=setting, set_at=datetime.now(UTC), challengers=list(challengers))
+        await self.publisher.publish([event])
 
 
 @dataclass
@@ -406,7 +411,7 @@ async def _ask_grpc(load: Load, scorer: Scorer, model: str, rows: Sequence[Row])
             number = load.begin()
             row = number % Load.ROWS
             try:
-                result = await client.infer(model, [_tensor(name, value) for name, value in rows[row].items()])
+                result = await client.infer(model, [infer_tensor(name, value) for name, value in rows[row].items()])
             except InferenceServerException as error:
                 load.failures.append(repr(error))
                 await asyncio.sleep(0.05)
@@ -415,7 +420,7 @@ async def _ask_grpc(load: Load, scorer: Scorer, model: str, rows: Sequence[Row])
                 load.replies.append(Reply(number, "grpc", row, version, score, result.as_numpy("prediction_id")[0].decode()))
 
 
-def _tensor(name: str, value: Any) -> Any:
+def infer_tensor(name: str, value: Any) -> Any:
     text = name in ("carrier", "origin")
     tensor = triton.InferInput(name, [1], "BYTES" if text else "FP64")
     tensor.set_data_from_numpy(np.array([value or ""], dtype=np.object_) if text else np.array([value], dtype=np.float64))

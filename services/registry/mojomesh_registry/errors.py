@@ -11,6 +11,10 @@ class UnknownVersion(NotFound):
     """A model has no such version."""
 
 
+class WrongTraffic(PermanentError):
+    """Challengers or shadows that there cannot be."""
+
+
 class NotPromotable(Conflict):
     """A version that may not become the champion as things stand."""
 

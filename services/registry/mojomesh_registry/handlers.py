@@ -13,8 +13,8 @@ from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.outbox import Relay
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Event, FoldTrained, ModelDeployed, ModelReady
-from mojomesh_registry.tables import Deployment, Fold
+from mojomesh_contracts.events import Event, FoldTrained, ModelDeployed, ModelReady, ShadowCompared
+from mojomesh_registry.tables import Deployment, Fold, Shadow
 from mojomesh_registry.versions import register
 
 router = MeshRouter("registry")
@@ -58,4 +58,15 @@ async def on_models_deployed(events: list[ModelDeployed], database: Database) ->
                 event=event.model_dump(mode="json"),
             )
             await db.execute(row.on_conflict_do_nothing())
+    return []
+
+
+@router.work(ShadowCompared, batch=100)
+async def on_models_shadowed(events: list[ShadowCompared], database: Database) -> list[Event]:
+    """Keep the last word of each counter."""
+    async with database.begin() as db:
+        for event in sorted(events, key=lambda event: (event.counter, event.n_rows)):
+            row = insert(Shadow).values(counter=event.counter, model=event.model, n_rows=event.n_rows, event=event.model_dump(mode="json"))
+            newer = {"n_rows": row.excluded.n_rows, "event": row.excluded.event}
+            await db.execute(row.on_conflict_do_update(index_elements=["counter"], set_=newer, where=Shadow.n_rows < row.excluded.n_rows))
     return []

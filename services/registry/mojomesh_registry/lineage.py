@@ -10,8 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_contracts.bundles import Manifest
 from mojomesh_contracts.definitions import Model
+from mojomesh_contracts.traffic import BUCKETS
 from mojomesh_registry import applying
-from mojomesh_registry.tables import AppliedDefinition, Deployment, Fold, Promotion, RegisteredModel, Version
+from mojomesh_registry.tables import AppliedDefinition, Deployment, Fold, Promotion, RegisteredModel, Traffic, Version
+from mojomesh_registry.traffic import challengers_of, traffic_of
 
 Json = dict[str, Any]
 State = Literal["champion", "retired", "rejected"]
@@ -54,6 +56,14 @@ class VersionInfo(BaseModel):
     registered_at: datetime
 
 
+class ChallengerInfo(BaseModel):
+    """A version beside the champion: its share of the entities, None for a shadow."""
+
+    version: int
+    bundle_digest: str
+    share: float | None
+
+
 class ModelSummary(BaseModel):
     """A model in one line."""
 
@@ -69,6 +79,7 @@ class ModelInfo(BaseModel):
     model: str
     definition: Json
     champion: ChampionInfo | None
+    challengers: list[ChallengerInfo]
     versions: list[VersionInfo]
     promotions: list[PromotionInfo]
 
@@ -116,6 +127,7 @@ async def model_info(db: AsyncSession, name: str) -> ModelInfo:
         model=name,
         definition=_definition_summary(definition, row),
         champion=champion,
+        challengers=challenger_infos(await traffic_of(db, name)),
         versions=[_version_info(version, champion, ever) for version in versions],
         promotions=[_promotion_info(promotion) for promotion in promotions],
     )
@@ -177,6 +189,14 @@ def _champion(registered: RegisteredModel | None, versions: list[Version]) -> Ch
         if serving
         else None
     )
+
+
+def challenger_infos(traffic: Traffic | None) -> list[ChallengerInfo]:
+    """Who scores beside a champion."""
+    return [
+        ChallengerInfo(version=one.version, bundle_digest=one.bundle_digest, share=len(one.buckets) / BUCKETS if one.buckets else None)
+        for one in challengers_of(traffic)
+    ]
 
 
 def _promotion_info(promotion: Promotion) -> PromotionInfo:

@@ -1,6 +1,7 @@
 """The HTTP door of registry. What changes something needs the token."""
 
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -16,10 +17,11 @@ from mojomesh_chassis.http import Protected
 from mojomesh_chassis.outbox import Relay, save_events
 from mojomesh_contracts.definitions import DefinitionError, FeatureSet, Model, parse_definition, parse_definitions
 from mojomesh_contracts.events import TrainingRequested
-from mojomesh_registry import applying, lineage
-from mojomesh_registry.errors import ChampionChanged, WrongDefinitions
-from mojomesh_registry.tables import OUTBOX, AppliedDefinition, RegisteredModel, Version
-from mojomesh_registry.versions import Cause, before_champion, promote_by_hand, registered_model, version_of
+from mojomesh_registry import applying, lineage, shadows
+from mojomesh_registry.errors import ChampionChanged, WrongDefinitions, WrongTraffic
+from mojomesh_registry.tables import OUTBOX, AppliedDefinition, RegisteredModel, Traffic, Version
+from mojomesh_registry.traffic import traffic_of
+from mojomesh_registry.versions import Cause, before_champion, challenge, promote_by_hand, registered_model, version_of
 
 router = APIRouter(prefix="/v1")
 
@@ -64,6 +66,29 @@ class RollbackAsked(Asked):
 
     reason: str | None = Field(default=None, max_length=1000)
     expected_promotion: int | None = None
+
+
+class ChallengerAsked(Asked):
+    """A version to score beside the champion."""
+
+    version: int = Field(ge=1)
+    share: Decimal | None = Field(default=None, gt=0, decimal_places=3, description="Of the entities; without one it is a shadow")
+
+
+class TrafficAsked(Asked):
+    """Body of `PUT traffic`: all versions beside the champion; those not named any more leave."""
+
+    challengers: list[ChallengerAsked]
+    reason: str | None = Field(default=None, max_length=1000)
+
+
+class TrafficInfo(BaseModel):
+    """Who scores beside the champion, by which setting; 0 when there never was one."""
+
+    model: str
+    champion: int | None
+    setting: int
+    challengers: list[lineage.ChallengerInfo]
 
 
 class Promoted(BaseModel):
@@ -173,6 +198,44 @@ async def rollback(model: str, asked: RollbackAsked, database: InDatabase, relay
     fault("registry.committed")
     relay.wake()
     return promoted
+
+
+@router.put("/models/{model}/traffic", dependencies=[Protected])
+async def put_traffic(model: str, asked: TrafficAsked, database: InDatabase, relay: ToOutbox) -> TrafficInfo:
+    """Let versions score beside the champion: a challenger its share of the entities, a shadow what the champion answered."""
+    wanted = {one.version: one.share for one in asked.challengers}
+    if len(wanted) < len(asked.challengers):
+        raise WrongTraffic("a version is named twice")
+    async with database.begin() as db:
+        registered = await registered_model(db, model)
+        traffic = await challenge(db, registered, wanted, asked.reason, datetime.now(UTC))
+        info = _traffic_info(registered, traffic)
+    fault("registry.committed")
+    relay.wake()
+    return info
+
+
+@router.get("/models/{model}/traffic")
+async def get_traffic(model: str, database: InDatabase) -> TrafficInfo:
+    """Who scores beside the champion."""
+    async with database.begin() as db:
+        return _traffic_info(await registered_model(db, model), await traffic_of(db, model))
+
+
+@router.get("/models/{model}/shadows")
+async def get_shadows(model: str, database: InDatabase) -> dict[str, list[shadows.ShadowInfo]]:
+    """What shadows made of rows that champions answered."""
+    async with database.begin() as db:
+        return {"shadows": await shadows.shadow_infos(db, model)}
+
+
+def _traffic_info(model: RegisteredModel, traffic: Traffic | None) -> TrafficInfo:
+    return TrafficInfo(
+        model=model.model,
+        champion=model.champion_version,
+        setting=traffic.setting if traffic else 0,
+        challengers=lineage.challenger_infos(traffic),
+    )
 
 
 async def _promote(db: AsyncSession, model: RegisteredModel, version: Version, cause: Cause) -> Promoted:

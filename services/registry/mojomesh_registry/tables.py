@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import DateTime, ForeignKeyConstraint, MetaData, Text, UniqueConstraint
+from sqlalchemy import BigInteger, DateTime, ForeignKeyConstraint, MetaData, Text, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -17,7 +17,7 @@ class Base(DeclarativeBase):
     """Texts are Text, times know their zone."""
 
     metadata = MetaData(schema="registry")
-    type_annotation_map = {str: Text, datetime: DateTime(timezone=True), Json: JSONB, list[str]: ARRAY(Text)}  # noqa: RUF012
+    type_annotation_map = {str: Text, datetime: DateTime(timezone=True), Json: JSONB, list[Json]: JSONB, list[str]: ARRAY(Text)}  # noqa: RUF012
 
 
 class AppliedDefinition(Base):
@@ -75,6 +75,30 @@ class Promotion(Base):
     reason: Mapped[str | None] = mapped_column(comment="what the person said who asked for it")
     forced: Mapped[bool] = mapped_column(comment="past the gate's refusals")
     promoted_at: Mapped[datetime]
+
+
+class Traffic(Base):
+    """Who scores beside a champion; the highest setting is in force. Nothing is ever changed in them."""
+
+    __tablename__ = "traffic"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    setting: Mapped[int] = mapped_column(primary_key=True)
+    challengers: Mapped[list[Json]] = mapped_column(comment="`events.Challenger`")
+    cause: Mapped[str] = mapped_column(comment="hand, or promotion: of one of them, or of a champion that one does not fit")
+    reason: Mapped[str | None]
+    set_at: Mapped[datetime]
+
+
+class Shadow(Base):
+    """The last word of one worker on one shadow: models.shadowed counts on from event to event."""
+
+    __tablename__ = "shadows"
+
+    counter: Mapped[UUID] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    n_rows: Mapped[int] = mapped_column(BigInteger)
+    event: Mapped[Json]
 
 
 class Fold(Base):

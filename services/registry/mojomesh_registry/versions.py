@@ -1,7 +1,9 @@
 """Model versions: registering, judging, promoting. Everything here happens in the caller's transaction."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from uuid import UUID, uuid5
 
 from sqlalchemy import func, select, update
@@ -15,9 +17,10 @@ from mojomesh_contracts.bundles import BundleSchema
 from mojomesh_contracts.definitions import FeatureSet, Model
 from mojomesh_contracts.events import ModelPromoted, ModelReady
 from mojomesh_registry import applying
-from mojomesh_registry.errors import ChampionChanged, NotPromotable, UnknownVersion
+from mojomesh_registry.errors import ChampionChanged, NotPromotable, UnknownVersion, WrongTraffic
 from mojomesh_registry.gate import Champion, refusals, schema_problems
-from mojomesh_registry.tables import OUTBOX, Promotion, RegisteredModel, Version
+from mojomesh_registry.tables import OUTBOX, Promotion, RegisteredModel, Traffic, Version
+from mojomesh_registry.traffic import set_traffic, settle
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ async def promote(db: AsyncSession, model: RegisteredModel, version: Version, ca
     )
     db.add(row)
     await save_events(db, OUTBOX, [_announcement(row, version.bundle_digest)])
+    await settle(db, version, cause.at)
     return promotion
 
 
@@ -109,15 +113,33 @@ async def promote_by_hand(db: AsyncSession, model: RegisteredModel, version: Ver
     if model.champion_version == version.version:
         await announce_champion(db, model)
         return model.promotion
-    feature_sets = _feature_sets(await applying.definitions(db))
-    if problems := schema_problems(BundleSchema.model_validate(version.bundle_schema), feature_sets):
-        raise NotPromotable(f"version {version.version} cannot be served: " + "; ".join(problems))
+    await _check_servable(db, version)
     if version.refusals and not cause.forced:
         raise NotPromotable(
             f"version {version.version} did not pass the gate: {'; '.join(version.refusals)}. To promote it all the same, force it "
             "and give a reason"
         )
     return await promote(db, model, version, cause)
+
+
+async def challenge(
+    db: AsyncSession, model: RegisteredModel, wanted: Mapping[int, Decimal | None], reason: str | None, now: datetime
+) -> Traffic:
+    """Let versions score beside the champion, each its share of the entities or, with None, as a shadow; instead of those before.
+
+    One that the gate refused may be tried, that is what challenges are for.
+
+    Raises:
+        UnknownVersion: There is none of a number.
+        NotPromotable: The live feature sets cannot feed one.
+        WrongTraffic: There is no champion, or see `set_traffic`.
+    """
+    if model.champion_version is None:
+        raise WrongTraffic(f"'{model.model}' has no champion; promote a version first")
+    versions = {number: await version_of(db, model.model, number) for number in wanted}
+    for version in versions.values():
+        await _check_servable(db, version)
+    return await set_traffic(db, await version_of(db, model.model, model.champion_version), wanted, versions, reason, now)
 
 
 async def before_champion(db: AsyncSession, model: RegisteredModel) -> Version:
@@ -186,6 +208,12 @@ async def _refusals(db: AsyncSession, model: RegisteredModel, bundle: Bundle) ->
         champion = Champion(serving.version, serving.bundle_digest)
     problems = schema_problems(bundle.schema, _feature_sets(definitions))
     return problems + refusals(definition.gate, bundle.manifest, champion)
+
+
+async def _check_servable(db: AsyncSession, version: Version) -> None:
+    feature_sets = _feature_sets(await applying.definitions(db))
+    if problems := schema_problems(BundleSchema.model_validate(version.bundle_schema), feature_sets):
+        raise NotPromotable(f"version {version.version} cannot be served: " + "; ".join(problems))
 
 
 def _feature_sets(definitions: dict[str, FeatureSet | Model]) -> dict[str, FeatureSet]:

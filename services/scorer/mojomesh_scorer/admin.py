@@ -39,7 +39,7 @@ class ReplayAsked(BaseModel):
     inputs: list[float | None]
 
 
-def _swaps(request: Request) -> Swaps:
+async def _swaps(request: Request) -> Swaps:
     swaps: Swaps = request.state.swaps
     return swaps
 
@@ -69,6 +69,7 @@ async def workers(request: Request) -> list[dict[str, Any]]:
             "pid": worker.process.pid,
             "open": worker.open,
             "serving": {served.model: served.version for served in worker.serving.values()},
+            "beside": {model: [served.version for served, _ in beside.versions] for model, beside in worker.beside.items()},
         }
         for worker in sorted(pool.members, key=lambda worker: worker.slot)
     ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from mojomesh_chassis.errors import MeshError
-from mojomesh_contracts.events import Frozen, ScoredBy
+from mojomesh_contracts.events import Challenger, Frozen, ScoredBy
 from mojomesh_scorer.errors import LoadFailed, WorkerLost
 
 LINE_BYTES = 2**20
@@ -49,10 +49,19 @@ class Committed(Frozen):
 
 
 class Discard(Frozen):
-    """Forget what is staged of the model."""
+    """Forget a version that is staged."""
 
     do: Literal["discard"] = "discard"
     model: str
+    digest: str
+
+
+class Surround(Frozen):
+    """Let these versions, all of them staged, score beside the champion from now on, and no others."""
+
+    do: Literal["surround"] = "surround"
+    model: str
+    challengers: list[Challenger]
 
 
 class Drain(Frozen):
@@ -92,7 +101,7 @@ class Done(Frozen):
     """Nothing to tell."""
 
 
-Command = Load | Commit | Discard | Drain | OpenDoors | Count
+Command = Load | Commit | Surround | Discard | Drain | OpenDoors | Count
 Reply = Loaded | Committed | Drained | Counted | Done
 AnyReply = TypeVar("AnyReply", bound=Frozen)
 Obey = Callable[[Command], Awaitable[Reply]]

@@ -135,6 +135,34 @@ class Encoder:
         return NAN
 
 
+def recoder(champion: BundleSchema, shadow: BundleSchema) -> Callable[[Matrix], Matrix]:
+    """Takes rows that are encoded for one model to how another one takes them; a category's level by its name.
+
+    A level that only the shadow knows was lost when the row was encoded first, so the shadow sees it as missing.
+
+    Raises:
+        SchemaMismatch: The shadow has a column that the champion does not have.
+    """
+    known = {column.name: (place, column) for place, column in enumerate(champion.columns)}
+    sources: list[tuple[int, Matrix | None]] = []
+    for column in shadow.columns:
+        place, source = known.get(column.name, (0, None))
+        if source is None or source.type != column.type:
+            raise SchemaMismatch(f"the champion does not have the shadow's column '{column.name}'")
+        levels = {level: float(number) for number, level in enumerate(column.levels or ())}
+        by_level = np.array([levels.get(level, NAN) for level in source.levels or ()] + [NAN]) if column.type == "category" else None
+        sources.append((place, by_level))
+
+    def recode(matrix: Matrix) -> Matrix:
+        recoded = np.empty((len(matrix), len(sources)))
+        for to, (place, by_level) in enumerate(sources):
+            cells = matrix[:, place]
+            recoded[:, to] = cells if by_level is None else by_level[np.where(np.isnan(cells), -1, cells).astype(np.intp)]
+        return recoded
+
+    return recode
+
+
 def _reasons(rows: Sequence[Mapping[str, FeatureValue]], check: Callable[[Mapping[str, FeatureValue]], object]) -> dict[int, str]:
     reasons = {}
     for place, row in enumerate(rows):

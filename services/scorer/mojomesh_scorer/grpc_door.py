@@ -23,6 +23,7 @@ from mojomesh_scorer.open_inference import (
     SERVER,
     TensorSpec,
     answer,
+    entity_asked,
     inputs_of,
     n_rows_of,
     outputs_of,
@@ -83,7 +84,7 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
             served = self._doors.scoring.models.find(request.name, version_asked(request.version))
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[str(served.version)],
+            versions=[str(one.version) for one in self._doors.scoring.models.versions(request.name)],
             platform=PLATFORM,
             inputs=map(_described, inputs_of(served)),
             outputs=map(_described, outputs_of(served)),
@@ -96,8 +97,9 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
             with self._doors.scoring.admitted():
                 tensors = list(_tensors(request))
                 version = version_asked(request.model_version)
+                entity_id = entity_asked(request.parameters["entity_id"].string_param)
                 async with within(timeout_s_of(request.parameters["timeout"].int64_param)):
-                    scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version)
+                    scored = await self._doors.scoring.score_tensors(request.model_name, tensors, n_rows_of(tensors), version, entity_id)
                     wanted = [output.name for output in request.outputs]
                     outputs = await answer(scored, wanted, request.parameters["explain"].bool_param)
                     await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)

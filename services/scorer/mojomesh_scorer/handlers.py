@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mojomesh_chassis.consuming import MeshRouter
-from mojomesh_contracts.events import Event, ModelPromoted
+from mojomesh_contracts.events import Event, ModelPromoted, TrafficSet
 from mojomesh_scorer.swaps import Swaps
 
 router = MeshRouter("scorer")
@@ -15,3 +15,12 @@ async def on_models_promoted(events: Sequence[ModelPromoted], swaps: Swaps) -> l
     newest = {event.model: event for event in sorted(events, key=lambda event: event.promotion)}
     certificates = [await swaps.follow(event) for event in newest.values()]
     return [certificate for certificate in certificates if certificate is not None]
+
+
+@router.broadcast(TrafficSet)
+async def on_traffic_set(events: Sequence[TrafficSet], swaps: Swaps) -> list[Event]:
+    """Let the versions of the newest setting of each model score beside its champion."""
+    newest = {event.model: event for event in sorted(events, key=lambda event: event.setting)}
+    for event in newest.values():
+        await swaps.surround(event)
+    return []

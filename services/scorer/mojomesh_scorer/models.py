@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.bundles import GOLDEN_FILE, MOJO_FILE, SCHEMA_FILE, BundleSchema, Golden
+from mojomesh_contracts.bundles import BASELINE_FILE, GOLDEN_FILE, MOJO_FILE, SCHEMA_FILE, Baseline, BundleSchema, Golden
+from mojomesh_contracts.events import Challenger
+from mojomesh_contracts.traffic import bucket_of
 from mojomesh_scorer.contributions import Explainer
-from mojomesh_scorer.encoding import Encoded, Encoder, Matrix
-from mojomesh_scorer.errors import LoadFailed, NotServed
+from mojomesh_scorer.encoding import Encoded, Encoder, Matrix, recoder
+from mojomesh_scorer.errors import LoadFailed, NotServed, SchemaMismatch
 from mojomesh_scorer.golden import check_golden, golden_rows
 from mojomesh_scorer.mojo import Mojo
 
@@ -39,6 +41,9 @@ class LoadedModel:
         self.digest = digest
         self.schema = BundleSchema.model_validate_json((folder / SCHEMA_FILE).read_bytes())
         golden = Golden.model_validate_json((folder / GOLDEN_FILE).read_bytes())
+        baseline = Baseline.model_validate_json((folder / BASELINE_FILE).read_bytes())
+        deciles = next((bins.edges for bins in baseline.bins if bins.column == "score"), None)
+        self.score_edges = deciles or np.linspace(0.1, 0.9, 9).tolist()
         self.encoder = Encoder(self.schema)
         inputs, wanted = golden_rows(golden, self.schema)
         # Two objects, since one belongs to one thread: the event loop's, and the one that large blocks take turns at.
@@ -67,10 +72,14 @@ class LoadedModel:
         """Score one encoded row, on the event loop."""
         return self._mojo.score_row(row)
 
+    def score_aside(self, matrix: Matrix) -> Matrix:
+        """Score encoded rows, in a thread that is not the event loop's."""
+        with self._turn:
+            return self._aside.score(matrix)
+
     def _score_aside(self, encode: Callable[[Encoder], Encoded]) -> tuple[Encoded, Matrix]:
         encoded = encode(self.encoder)
-        with self._turn:
-            return encoded, self._aside.score(encoded.matrix)
+        return encoded, self.score_aside(encoded.matrix)
 
     async def explain(self, rows: Sequence[Sequence[float]]) -> Matrix:
         """Contributions of encoded rows as `Explainer.explain` has them, in a thread; the first call loads what they need.
@@ -114,52 +123,78 @@ class LoadedModel:
         await self._idle.wait()
 
 
-def _stand_back() -> None:
+def stand_back() -> None:
     """Let threads that answer go first, three to one: Linux takes a thread's id here, though POSIX gives a process one priority."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 class Models:
-    """One reference a model says what serves; commit switches it, between two requests."""
+    """One reference a model says what serves; commit switches it, between two requests.
+
+    Beside this champion others may serve: a challenger the entities of its buckets, a shadow nobody.
+    """
 
     def __init__(self) -> None:
-        self._staged: dict[str, LoadedModel] = {}
+        self.shadows: dict[LoadedModel, list[LoadedModel]] = {}
+        """By champion; only those that have some."""
+        self._staged: dict[tuple[str, str], LoadedModel] = {}  # by name and digest
         self._serving: dict[str, LoadedModel] = {}
         self._previous: dict[str, LoadedModel] = {}
-        self._loader = ThreadPoolExecutor(1, "loader", _stand_back)
+        self._beside: dict[str, list[LoadedModel]] = {}
+        self._by_bucket: dict[str, dict[int, LoadedModel]] = {}
+        self._loader = ThreadPoolExecutor(1, "loader", stand_back)
 
     @property
     def serving(self) -> list[LoadedModel]:
         return list(self._serving.values())
 
-    def find(self, name: str, version: int | None = None) -> LoadedModel:
-        """The version of the model that serves.
+    def versions(self, name: str) -> list[LoadedModel]:
+        """All that can be asked for by number: the champion, then those beside it."""
+        return [self._serving[name], *self._beside.get(name, [])] if name in self._serving else []
+
+    def find(self, name: str, version: int | None = None, entity_id: str | None = None) -> LoadedModel:
+        """The version that is asked for, or else the one that serves the entity: the champion, unless a challenger has its bucket.
 
         Raises:
-            NotServed: None does, or not the version that is asked for.
+            NotServed: The model is not served, or not that version of it.
         """
         model = self._serving.get(name)
         if model is None:
             raise NotServed(f"no version of model '{name}' is served; served are: {', '.join(self._serving) or 'none yet'}")
-        if version is not None and version != model.version:
-            raise NotServed(f"version {version} of model '{name}' is not served; version {model.version} is")
+        if version is not None:
+            served = {model.version: model for model in self.versions(name)}
+            if version not in served:
+                raise NotServed(f"version {version} of model '{name}' is not served; version {' or '.join(map(str, served))} is")
+            return served[version]
+        if entity_id is not None and (by_bucket := self._by_bucket.get(name)):
+            return by_bucket.get(bucket_of(name, entity_id), model)
         return model
 
+    def split(self, name: str, entity_ids: Sequence[str | None], version: int | None) -> dict[LoadedModel, Sequence[int]]:
+        """The places of rows by the version that `find` finds for each."""
+        if version is not None or not self._by_bucket.get(name):
+            return {self.find(name, version): range(len(entity_ids))}
+        places: dict[LoadedModel, list[int]] = {}
+        for place, entity_id in enumerate(entity_ids):
+            places.setdefault(self.find(name, None, entity_id), []).append(place)
+        return {**places}
+
     def serving_now(self, name: str) -> LoadedModel | None:
-        """The version of the model that serves, if any."""
+        """The champion, if any."""
         return self._serving.get(name)
 
     async def stage(self, name: str, version: int, digest: str, folder: Path) -> LoadedModel:
-        """Load a version beside the one that serves; the one before, still warm, is taken as it is.
+        """Load a version beside the one that serves; the one before, still warm, or a challenger is taken as it is.
 
         Raises:
             LoadFailed: It cannot be loaded.
         """
-        warm = self._previous.get(name)
-        if warm is None or (warm.version, warm.digest) != (version, digest):
+        held = [*self._beside.get(name, []), *([self._previous[name]] if name in self._previous else [])]
+        warm = next((model for model in held if (model.version, model.digest) == (version, digest)), None)
+        if warm is None:
             load = partial(LoadedModel, name, version, digest, folder)
             warm = await asyncio.get_running_loop().run_in_executor(self._loader, load)
-        self._staged[name] = warm
+        self._staged[name, digest] = warm
         return warm
 
     def commit(self, name: str, digest: str) -> int:
@@ -168,20 +203,51 @@ class Models:
         Raises:
             LoadFailed: It was not staged.
         """
-        new = self._staged.get(name)
-        if new is None or new.digest != digest:
-            raise LoadFailed(f"bundle {digest} of model '{name}' was not staged")
-        del self._staged[name]
+        new = self._take_staged(name, digest)
         old = self._serving.get(name)
         self._serving[name] = new
+        self._cast_shadows(name, old)
         if old is None:
             return 0
         self._previous[name] = old
         return old.leases
 
-    def discard(self, name: str) -> None:
+    def surround(self, name: str, challengers: Sequence[Challenger]) -> None:
+        """Let these versions, all of them staged, score beside the champion from now on, and no others.
+
+        Raises:
+            LoadFailed: One was not staged.
+        """
+        beside = {self._take_staged(name, one.bundle_digest): one.buckets for one in challengers}
+        self._beside[name] = list(beside)
+        self._by_bucket[name] = {bucket: model for model, buckets in beside.items() for bucket in buckets}
+        self._cast_shadows(name, None)
+
+    def _take_staged(self, name: str, digest: str) -> LoadedModel:
+        if (staged := self._staged.pop((name, digest), None)) is None:
+            raise LoadFailed(f"bundle {digest} of model '{name}' was not staged")
+        return staged
+
+    def _cast_shadows(self, name: str, old: LoadedModel | None) -> None:
+        if old is not None:
+            self.shadows.pop(old, None)
+        if (champion := self._serving.get(name)) is None:
+            return
+        self.shadows.pop(champion, None)
+        challengers = {champion, *self._by_bucket.get(name, {}).values()}
+        for model in self._beside.get(name, []):
+            if model in challengers:
+                continue
+            try:
+                recoder(champion.schema, model.schema)
+            except SchemaMismatch as error:
+                log.warning("shadow_cannot_score", model=name, version=model.version, reason=str(error))
+            else:
+                self.shadows.setdefault(champion, []).append(model)
+
+    def discard(self, name: str, digest: str) -> None:
         """Forget what is staged."""
-        self._staged.pop(name, None)
+        self._staged.pop((name, digest), None)
 
     async def drain(self, name: str, timeout_s: float) -> bool:
         """Wait for the requests that the version before is answering; whether all ended in time."""

@@ -13,6 +13,7 @@ from mojomesh_scorer.tensors import Tensor, check_shape
 
 SERVER = "mojomesh-scorer"
 PLATFORM = "h2o_mojo"
+MAX_ENTITY_ID = 512
 EXTENSIONS = ["binary_tensor_data"]
 CONTRIBUTIONS = "contributions"
 _DATATYPES = {"number": "FP64", "category": "BYTES", "boolean": "BOOL"}
@@ -84,6 +85,19 @@ def values_of(scored: Scored) -> dict[str, list[Any]]:
 def _tensor(spec: TensorSpec, values: list[Any], n_rows: int) -> Tensor:
     data = values if spec.datatype == "BYTES" else np.array(values)
     return Tensor(spec.name, spec.datatype, [n_rows, *spec.shape[1:]], data)
+
+
+def entity_asked(entity_id: object) -> str | None:
+    """Whose rows they are, by a request's parameter `entity_id`: it decides which version scores them, and is kept in the receipts.
+
+    Raises:
+        BadTensor: It is not a text of at most 512 characters.
+    """
+    if not entity_id:
+        return None
+    if not isinstance(entity_id, str) or len(entity_id) > MAX_ENTITY_ID:
+        raise BadTensor(f"parameter entity_id must be a text of at most {MAX_ENTITY_ID} characters")
+    return entity_id
 
 
 def timeout_s_of(microseconds: object) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Frozen, WorkerSwap
+from mojomesh_contracts.events import Challenger, Frozen, WorkerSwap
 from mojomesh_scorer.control import (
     Asking,
     Command,
@@ -29,6 +29,7 @@ from mojomesh_scorer.control import (
     Load,
     Loaded,
     OpenDoors,
+    Surround,
     open_asking,
 )
 from mojomesh_scorer.errors import LoadFailed, WorkerLost
@@ -55,11 +56,11 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A version that a worker has loaded beside the one that serves."""
+class Beside:
+    """The versions that every worker must serve beside a model's champion, each with its buckets."""
 
-    served: Served
-    load_s: float
+    model: str
+    versions: tuple[tuple[Served, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Worker:
         self.process = process
         self.open = False
         self.serving: dict[str, Served] = {}
-        self._staged: dict[str, Staged] = {}
+        self.beside: dict[str, Beside] = {}
+        self._staged: dict[Served, float] = {}  # and in how many seconds it was loaded
         self._asking = asking
 
     async def load(self, served: Served) -> Loaded:
@@ -103,24 +105,37 @@ class Worker:
         command = Load(model=served.model, version=served.version, digest=served.digest, folder=served.folder)
         began = time.perf_counter()
         loaded = await self._ask(command, Loaded)
-        self._staged[served.model] = Staged(served, time.perf_counter() - began)
+        self._staged[served] = time.perf_counter() - began
         return loaded
 
     async def commit(self, served: Served) -> Switched:
         """Let a version serve, loaded now if it was not staged."""
-        if (staged := self._staged.get(served.model)) is None or staged.served != served:
+        if served not in self._staged:
             await self.load(served)
         began = time.perf_counter()
         committed = await self._ask(Commit(model=served.model, digest=served.digest), Committed)
         commit_s = time.perf_counter() - began
         self.serving[served.model] = served
-        load_s = self._staged.pop(served.model).load_s
+        load_s = self._staged.pop(served)
         return Switched(WorkerSwap(slot=self.slot, load_s=load_s, commit_s=commit_s), committed.in_flight)
 
-    async def discard(self, model: str) -> None:
-        """Forget what is staged."""
-        self._staged.pop(model, None)
-        await self._ask(Discard(model=model), Done)
+    async def surround(self, beside: Beside) -> None:
+        """Let versions score beside a champion, loaded now if they were not staged."""
+        for served, _ in beside.versions:
+            if served not in self._staged:
+                await self.load(served)
+        challengers = [
+            Challenger(version=served.version, bundle_digest=served.digest, buckets=list(buckets)) for served, buckets in beside.versions
+        ]
+        await self._ask(Surround(model=beside.model, challengers=challengers), Done)
+        self.beside[beside.model] = beside
+        for served, _ in beside.versions:
+            del self._staged[served]
+
+    async def discard(self, served: Served) -> None:
+        """Forget a version that is staged."""
+        self._staged.pop(served, None)
+        await self._ask(Discard(model=served.model, digest=served.digest), Done)
 
     async def drain(self, model: str, timeout_s: float) -> bool:
         """Whether the requests on the version before ended in time."""
@@ -156,6 +171,7 @@ class Pool:
 
     def __init__(self, settings: Settings, ports: Ports, metrics: Path) -> None:
         self.served: dict[str, Served] = {}
+        self.beside: dict[str, Beside] = {}
         self.members: list[Worker] = []
         self._settings = settings
         self._ports = ports
@@ -180,7 +196,7 @@ class Pool:
             # One after the other: while one loads, the others have the cores.
             return [await worker.load(served) for worker in list(self.members)]
         except (LoadFailed, WorkerLost):
-            await self._of_all([worker.discard(served.model) for worker in self.members])
+            await self._of_all([worker.discard(served) for worker in self.members])
             raise
 
     async def commit(self, served: Served) -> list[Switched]:
@@ -190,6 +206,11 @@ class Pool:
         """
         self.served[served.model] = served
         return await self._of_all([worker.commit(served) for worker in self.members])
+
+    async def surround(self, beside: Beside) -> None:
+        """Let versions score beside a model's champion in every worker, and in every later one."""
+        self.beside[beside.model] = beside
+        await self._of_all([worker.surround(beside) for worker in self.members])
 
     async def drain(self, model: str, timeout_s: float) -> bool:
         """Whether all requests on the version before ended in time."""
@@ -275,9 +296,13 @@ class Pool:
         return Worker(slot, process, await open_asking(ours))
 
     async def _bring_up(self, worker: Worker) -> None:
-        while missing := [served for served in self.served.values() if worker.serving.get(served.model) != served]:
-            for served in missing:
-                await worker.commit(served)
+        while worker.serving != self.served or worker.beside != self.beside:
+            for served in list(self.served.values()):
+                if worker.serving.get(served.model) != served:
+                    await worker.commit(served)
+            for beside in list(self.beside.values()):
+                if worker.beside.get(beside.model) != beside:
+                    await worker.surround(beside)
         # No await since the check: from here on every swap reaches it.
         self.members.append(worker)
         self._some_member.set()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mojomesh_chassis.errors import MeshError, TransientError
 from mojomesh_chassis.http import read_body
@@ -20,6 +20,7 @@ from mojomesh_scorer.open_inference import (
     SERVER,
     TensorSpec,
     answer,
+    entity_asked,
     inputs_of,
     n_rows_of,
     outputs_of,
@@ -42,20 +43,20 @@ class _Input(_Part):
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     data: list[Any] | None = None
 
 
 class _Output(_Part):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class _InferRequest(_Part):
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     inputs: list[_Input]
-    outputs: list[_Output] = []
+    outputs: list[_Output] = Field(default_factory=list)
 
 
 class _V2Route(APIRoute):
@@ -102,7 +103,8 @@ async def model_metadata(doors: OpenDoors, model: str, version: str = "") -> Res
     """The model's inputs and outputs."""
     served = doors.scoring.models.find(model, version_asked(version))
     inputs, outputs = _specs(inputs_of(served)), _specs(outputs_of(served))
-    return _json({"name": model, "versions": [str(served.version)], "platform": PLATFORM, "inputs": inputs, "outputs": outputs})
+    versions = [str(one.version) for one in doors.scoring.models.versions(model)]
+    return _json({"name": model, "versions": versions, "platform": PLATFORM, "inputs": inputs, "outputs": outputs})
 
 
 @router.get("/models/{model}/ready")
@@ -121,14 +123,15 @@ async def model_ready(doors: OpenDoors, model: str, version: str = "") -> Respon
 async def model_infer(request: Request, doors: OpenDoors, model: str, version: str = "", durable: bool = False) -> Response:
     """Score one tensor a column, each of shape [n] or [n, 1].
 
-    Parameters of the request: `binary_data_output`, `explain`, and `timeout` in microseconds.
+    Parameters of the request: `binary_data_output`, `explain`, `entity_id`, and `timeout` in microseconds.
     """
     with doors.scoring.admitted():
         header_length = request.headers.get(HEADER_LENGTH)
         body = await read_body(request, MAX_JSON_BYTES if header_length is None else MAX_BINARY_BYTES)
         asked, tensors = await asyncio.to_thread(_parse, body, header_length) if len(body) > LARGE_BYTES else _parse(body, header_length)
         async with within(timeout_s_of(asked.parameters.get("timeout"))):
-            scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version))
+            entity_id = entity_asked(asked.parameters.get("entity_id"))
+            scored = await doors.scoring.score_tensors(model, tensors, n_rows_of(tensors), version_asked(version), entity_id)
             outputs = await answer(scored, [output.name for output in asked.outputs], bool(asked.parameters.get("explain")))
             await doors.keep_receipt(scored, durable)
     binary_default = bool(asked.parameters.get("binary_data_output", False))

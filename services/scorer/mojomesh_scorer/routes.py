@@ -1,6 +1,6 @@
 """The native door: predictions by values or by entity, in JSON that reads well."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import orjson
@@ -64,6 +64,7 @@ async def models(doors: OpenDoors) -> list[dict[str, Any]]:
             "bundle_digest": served.digest,
             "columns": [column.model_dump(exclude_none=True) for column in served.schema.columns],
             "classes": served.schema.classes,
+            "beside": [beside.version for beside in doors.scoring.models.versions(served.name)[1:]],
         }
         for served in doors.scoring.models.serving
     ]
@@ -82,7 +83,9 @@ async def score(
     timeout_ms: Annotated[float | None, Query(gt=0, description="Give up after this time, with 504")] = None,
     explain: Annotated[bool, Query(description="Say what each column adds to the raw score, which the bias completes")] = False,
 ) -> Response:
-    """Predict for one row, or for many: then the predictions come in a list, in the order of the rows.
+    """Predict for one row, or for many: then the predictions come in a list, in the order of the rows, each with its version.
+
+    Rows of entities that belong to a challenger are scored by it; `version` is null above predictions of several versions.
 
     `score` is the second class's probability of two classes, the likeliest class's of more, or the predicted number.
     """
@@ -90,12 +93,22 @@ async def score(
         asked = _asked(await read_body(request, MAX_JSON_BYTES))
         rows = [asked.row] if asked.rows is None else [row.row for row in asked.rows]
         async with within(timeout_ms and timeout_ms / 1000):
-            scored = await doors.scoring.score_rows(model, rows)
-            reasons = await reasons_of(scored) if explain else [{} for _ in rows]
-            await doors.keep_receipt(scored, durable)
-    predictions = [prediction | reason for prediction, reason in zip(shown(scored), reasons, strict=True)]
+            blocks = await doors.scoring.score_rows(model, rows)
+            predictions = await _in_order(blocks, explain)
+            for scored in blocks:
+                await doors.keep_receipt(scored, durable)
     content = predictions[0] if asked.rows is None else {"predictions": predictions}
-    return Response(orjson.dumps({**head(scored), **content}), media_type="application/json")
+    above = head(blocks[0]) if len(blocks) == 1 else {"model": model, "version": None, "bundle_digest": None}
+    return Response(orjson.dumps({**above, **content}), media_type="application/json")
+
+
+async def _in_order(blocks: Sequence[Scored], explain: bool) -> list[dict[str, Any]]:
+    predictions: dict[int, dict[str, Any]] = {}
+    for scored in blocks:
+        reasons = await reasons_of(scored) if explain else [{} for _ in scored.places]
+        for place, prediction, reason in zip(scored.places, shown(scored), reasons, strict=True):
+            predictions[place] = {"version": scored.model.version, **prediction, **reason}
+    return [predictions[place] for place in range(len(predictions))]
 
 
 def _asked(body: bytes) -> ScoreAsked:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
@@ -12,10 +12,11 @@ from prometheus_client import Counter
 from mojomesh_chassis.errors import Busy, PermanentError, TooLarge
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_scorer.encoding import Encoded, Encoder
-from mojomesh_scorer.errors import StaleFeatures, UnknownEntity
+from mojomesh_scorer.errors import RowsRefused, StaleFeatures, UnknownEntity
 from mojomesh_scorer.identity import PredictionIds
 from mojomesh_scorer.lookups import EntityAt, FeatureLookup, Found
 from mojomesh_scorer.models import LoadedModel, Models
+from mojomesh_scorer.shadows import Shadowing
 from mojomesh_scorer.tallies import Tallies
 from mojomesh_scorer.tensors import Tensor
 
@@ -52,6 +53,7 @@ class Scored:
     found: Sequence[Found | None] | None  # what was looked up, by row
     prediction_ids: list[str]
     made_at: datetime
+    places: Sequence[int] = (0,)  # of its rows in the request
 
 
 def score_of(scores: Sequence[float]) -> float:
@@ -62,8 +64,9 @@ def score_of(scores: Sequence[float]) -> float:
 class Scoring:
     """The core of one worker."""
 
-    def __init__(self, models: Models, lookup: FeatureLookup, max_in_flight: int) -> None:
+    def __init__(self, models: Models, lookup: FeatureLookup, shadowing: Shadowing, max_in_flight: int) -> None:
         self.models = models
+        self._shadowing = shadowing
         self.tallies = Tallies()
         self._ids = PredictionIds()
         self.failed_requests = 0
@@ -95,8 +98,8 @@ class Scoring:
         finally:
             self._in_flight -= 1
 
-    async def score_rows(self, name: str, rows: Sequence[Row], version: int | None = None) -> Scored:
-        """Score rows of values or entities.
+    async def score_rows(self, name: str, rows: Sequence[Row], version: int | None = None) -> list[Scored]:
+        """Score rows of values or entities: each by the version that serves its entity, so there may be a block for each version.
 
         Raises:
             NotServed: The model, or this version of it, is not served.
@@ -115,44 +118,65 @@ class Scoring:
         if stale := {place: vector.refused for place, vector in enumerate(found) if vector and vector.refused}:
             raise StaleFeatures(stale, len(rows))
 
+        with ExitStack() as leases:
+            places = self.models.split(name, [row.entity_id for row in rows], version)
+            for model in places:
+                leases.enter_context(model.leased())
+            return [await self._score_places(model, places[model], rows, found, now) for model in places]
+
+    async def _score_places(
+        self, model: LoadedModel, places: Sequence[int], all_rows: Sequence[Row], all_found: Sequence[Found | None], now: datetime
+    ) -> Scored:
+        rows, found = [all_rows[place] for place in places], [all_found[place] for place in places]
+
         def encode(encoder: Encoder) -> Encoded:
             encoder.check_rows([row.values or {} for row in rows])  # what features sends may be more than this version takes
             return encoder.encode_rows([vector.values if vector else row.values or {} for row, vector in zip(rows, found, strict=True)])
 
-        return await self._score(name, version, len(rows), encode, now, rows, found)
+        try:
+            return await self._score(model, places, encode, now, rows, found)
+        except RowsRefused as refused:
+            raise RowsRefused({places[row]: reason for row, reason in refused.reasons.items()}, len(all_rows)) from None
 
-    async def score_tensors(self, name: str, tensors: Sequence[Tensor], n_rows: int, version: int | None = None) -> Scored:
-        """Score one tensor a column.
+    async def score_tensors(
+        self, name: str, tensors: Sequence[Tensor], n_rows: int, version: int | None = None, entity_id: str | None = None
+    ) -> Scored:
+        """Score one tensor a column; all rows are the entity's, if one is named.
 
         Raises:
             NotServed: The model, or this version of it, is not served.
             SchemaMismatch: The tensors do not fit the model.
         """
-        return await self._score(name, version, n_rows, lambda encoder: encoder.encode_tensors(tensors, n_rows), datetime.now(UTC))
+        rows = [Row(entity_id=entity_id)] * n_rows if entity_id is not None else None
+        model = self.models.find(name, version, entity_id)
+        with model.leased():
+            return await self._score(model, range(n_rows), lambda encoder: encoder.encode_tensors(tensors, n_rows), datetime.now(UTC), rows)
 
     def score_row(self, model: LoadedModel, row: list[float], unknown: Mapping[str, int]) -> Scored:
         """Score one row that is encoded already, now."""
         scores = model.score_row(row)
         self.tallies.note_row(model, row, unknown)
+        if shadows := self.models.shadows.get(model):
+            self._shadowing.add(model, shadows, [row], [scores])
         return Scored(model, [row], [scores], None, None, self._ids.take(1), datetime.now(UTC))
 
     async def _score(
         self,
-        name: str,
-        version: int | None,
-        n_rows: int,
+        model: LoadedModel,
+        places: Sequence[int],
         encode: Callable[[Encoder], Encoded],
         now: datetime,
         rows: Sequence[Row] | None = None,
         found: Sequence[Found | None] | None = None,
     ) -> Scored:
-        if n_rows > MAX_ROWS:
+        if (n_rows := len(places)) > MAX_ROWS:
             raise TooLarge(f"{n_rows} rows; at most {MAX_ROWS} a request")
-        model = self.models.find(name, version)
-        with model.leased():
-            encoded, scores = await model.score(n_rows, encode)
+        encoded, scores = await model.score(n_rows, encode)
         self.tallies.note_block(model, encoded.matrix, encoded.unknown_levels)
         ids = self._ids.take(n_rows)
         if rows is not None:
             ids = [str(row.prediction_id) if row.prediction_id else new for row, new in zip(rows, ids, strict=True)]
-        return Scored(model, encoded.matrix.tolist(), scores.tolist(), rows, found, ids, now)
+        scored = Scored(model, encoded.matrix.tolist(), scores.tolist(), rows, found, ids, now, places)
+        if shadows := self.models.shadows.get(model):
+            self._shadowing.add(model, shadows, scored.inputs, scored.scores)
+        return scored

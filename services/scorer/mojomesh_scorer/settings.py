@@ -24,6 +24,10 @@ class Settings(MeshSettings):
         ge=0,
         description="Predictions in a worker whose receipts wait for Kafka; more are dropped, and counted. 0 keeps none",
     )
+    shadows_waiting: int = Field(
+        default=10_000, ge=0, description="Rows in a worker that wait for shadows to score them; more are dropped, and counted"
+    )
+    shadows_every_s: float = Field(default=60.0, gt=0, description="How often a worker tells what its shadows made of the rows")
     folder: Path | None = Field(default=None, description="Its own, for fetched bundles and counters; by default one that goes with it")
     drain_s: float = Field(default=10.0, gt=0, description="How long a swap waits for requests that the old version is answering")
 

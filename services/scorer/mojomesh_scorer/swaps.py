@@ -16,12 +16,12 @@ from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase
+from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase, TrafficSet
 from mojomesh_scorer.control import Counted, Loaded
 from mojomesh_scorer.errors import WorkerLost
 from mojomesh_scorer.golden import check_golden, golden_rows
 from mojomesh_scorer.latencies import added, p99_ms
-from mojomesh_scorer.pool import Pool, Served, Switched
+from mojomesh_scorer.pool import Beside, Pool, Served, Switched
 from mojomesh_scorer.probing import score_in_probe
 from mojomesh_scorer.settings import Settings
 
@@ -57,6 +57,7 @@ class Swaps:
         self._pool = pool
         self._bundles = bundles
         self._promoted: dict[str, ModelPromoted] = {}
+        self._traffic: dict[str, TrafficSet] = {}
         self._certificates: dict[str, ModelDeployed] = {}
         self._proven: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
@@ -77,6 +78,28 @@ class Swaps:
             self._promoted[promoted.model] = promoted
             self._certificates[promoted.model] = certificate
             return certificate
+
+    async def surround(self, traffic: TrafficSet) -> None:
+        """Let the versions named, and no others, score beside their model's champion; nothing for a setting that is stale.
+
+        One that must not be used is left out: its entities stay with the champion.
+        """
+        async with self._one_at_a_time:
+            known = self._traffic.get(traffic.model)
+            if known is not None and traffic.setting <= known.setting:
+                log.info("traffic_stale", model=traffic.model, setting=traffic.setting, known=known.setting)
+                return
+            versions = []
+            for one in traffic.challengers:
+                try:
+                    served = await self._prepare(_Swap(traffic.model, one.version, one.bundle_digest, previous=None))
+                except (PermanentError, WorkerLost) as error:
+                    log.error("challenger_refused", model=traffic.model, version=one.version, reason=str(error))
+                else:
+                    versions.append((served, tuple(one.buckets)))
+            await self._pool.surround(Beside(traffic.model, tuple(versions)))
+            self._traffic[traffic.model] = traffic
+            log.info("traffic_set", model=traffic.model, setting=traffic.setting, versions=[served.version for served, _ in versions])
 
     async def reload(self, model: str, version: int | None, digest: str | None) -> ModelDeployed:
         """Load and serve by hand, all steps anew: the version named, or the one promoted last.

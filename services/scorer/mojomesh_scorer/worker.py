@@ -41,6 +41,7 @@ from mojomesh_scorer.control import (
     Loaded,
     OpenDoors,
     Reply,
+    Surround,
     obey,
 )
 from mojomesh_scorer.doors import Doors
@@ -53,6 +54,7 @@ from mojomesh_scorer.parent import die_with
 from mojomesh_scorer.receipts import open_receipts
 from mojomesh_scorer.scoring import Scoring
 from mojomesh_scorer.settings import Settings
+from mojomesh_scorer.shadows import open_shadowing
 from mojomesh_scorer.short_answers import ShortAnswers
 from mojomesh_store.online import OnlineStore
 
@@ -102,8 +104,10 @@ class Worker:
                 return Loaded(golden_rows=model.golden_rows, max_golden_difference=model.golden_difference, scored_by=model.scored_by)
             case Commit():
                 return Committed(in_flight=models.commit(command.model, command.digest))
+            case Surround():
+                models.surround(command.model, command.challengers)
             case Discard():
-                models.discard(command.model)
+                models.discard(command.model, command.digest)
             case Drain():
                 return Drained(in_time=await models.drain(command.model, command.timeout_s))
             case OpenDoors():
@@ -174,6 +178,7 @@ async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> As
         app,
         http=type("WorkerProtocol", (FastLane,), {"answer": staticmethod(answer)}),
         access_log=False,
+        proxy_headers=False,
         log_level="warning",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
@@ -201,7 +206,9 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
         receipts = await stack.enter_async_context(open_receipts(publisher, settings.replica, settings.receipts_waiting))
         online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
         definitions = Definitions()
-        scoring = Scoring(Models(), FeatureLookup(client, settings.features_url, online, definitions), settings.max_in_flight)
+        shadowing = await stack.enter_async_context(open_shadowing(publisher, settings.shadows_waiting, settings.shadows_every_s))
+        lookup = FeatureLookup(client, settings.features_url, online, definitions)
+        scoring = Scoring(Models(), lookup, shadowing, settings.max_in_flight)
         worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher, definitions)
         stack.push_async_callback(worker.close_doors)
         obeying = asyncio.create_task(obey(control, worker.do))

@@ -25,7 +25,7 @@ async def on_scores_requested(events: Sequence[ScoreRequested], scoring: Scoring
     reasons: dict[int, str] = {}
     for model, of_model in places.items():
         try:
-            scored.append(await scoring.score_rows(model, [_row(events[place]) for place in of_model]))
+            scored += await scoring.score_rows(model, [_row(events[place]) for place in of_model])
         except RowsRefused as refused:
             reasons |= {of_model[row]: reason for row, reason in refused.reasons.items()}
         except PermanentError as error:

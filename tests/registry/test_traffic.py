@@ -72,17 +72,21 @@ async def test_setting_traffic_needs_the_token_and_a_champion(loop: Any) -> None
     assert "has no champion" in (await put(loop, {"version": 1, "share": 0.1})).text
 
 
-async def test_a_shadow_must_be_able_to_score_the_champions_rows_and_a_challenger_need_not(loop: Any) -> None:
+async def test_a_shadow_needs_only_columns_of_the_champions_and_a_challenger_all_of_them(loop: Any) -> None:
     await loop.offer(loop.make_bundle(schema=BundleSchema(columns=[CARRIER], label="late", classes=["0", "1"])))
     await loop.version(1)
     await loop.offer(loop.make_bundle(auc=0.55))  # with a distance
     await loop.version(2)
 
-    refused = await put(loop, {"version": 2})
+    as_shadow, as_challenger = await put(loop, {"version": 2}), await put(loop, {"version": 2, "share": 0.1})
+    await loop.post("/v1/models/delay/versions/2:promote", force=True, reason="more columns")
+    other_way = [await put(loop, {"version": 1}), await put(loop, {"version": 1, "share": 0.1})]
 
-    assert refused.status_code == 422
-    assert "version 2 cannot be a shadow of version 1: the champion does not have its column distance" in refused.text
-    assert (await put(loop, {"version": 2, "share": 0.1})).status_code == 200
+    assert as_challenger.status_code == 200
+    assert as_shadow.status_code == 422
+    assert "version 2 cannot be a shadow of version 1: version 1 does not have version 2's column distance" in as_shadow.text
+    assert [answer.status_code for answer in other_way] == [200, 422]
+    assert "version 1 cannot be a challenger of version 2: version 1 does not have version 2's column distance" in other_way[1].text
 
 
 async def test_a_challenger_that_is_promoted_leaves_and_the_others_keep_their_entities(loop: Any) -> None:

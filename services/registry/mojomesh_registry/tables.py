@@ -85,7 +85,7 @@ class Traffic(Base):
     model: Mapped[str] = mapped_column(primary_key=True)
     setting: Mapped[int] = mapped_column(primary_key=True)
     challengers: Mapped[list[Json]] = mapped_column(comment="`events.Challenger`")
-    cause: Mapped[str] = mapped_column(comment="hand, or promotion: of one of them, or of a champion whose rows a shadow cannot score")
+    cause: Mapped[str] = mapped_column(comment="hand, or promotion: of one of them, or of a champion that one does not fit")
     reason: Mapped[str | None]
     set_at: Mapped[datetime]
 

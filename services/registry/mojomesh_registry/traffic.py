@@ -48,7 +48,7 @@ async def set_traffic(
     """Give each version its share of the entities, None makes it a shadow; whoever calls holds the lock on the model.
 
     Raises:
-        WrongTraffic: The champion is among them, they are too many or ask too much, or a shadow cannot score the champion's rows.
+        WrongTraffic: The champion is among them, they are too many or ask too much, or one does not fit (`misfit`).
     """
     if champion.version in wanted:
         raise WrongTraffic(f"version {champion.version} is the champion: it has what the others leave")
@@ -57,8 +57,8 @@ async def set_traffic(
     if (total := sum(share for share in wanted.values() if share)) > MAX_SHARE:
         raise WrongTraffic(f"the shares sum up to {total}; leave the champion at least {1 - MAX_SHARE}")
     for version, share in wanted.items():
-        if share is None and (why := unlike(champion, versions[version])):
-            raise WrongTraffic(f"version {version} cannot be a shadow of version {champion.version}: {why}")
+        if why := misfit(champion, versions[version], shadow=share is None):
+            raise WrongTraffic(f"version {version} cannot be a {'challenger' if share else 'shadow'} of version {champion.version}: {why}")
     last = await traffic_of(db, champion.model)
     before = {one.version: one.buckets for one in challengers_of(last)}
     buckets = allot(before, {version: int((share or 0) * BUCKETS) for version, share in wanted.items()})
@@ -67,26 +67,31 @@ async def set_traffic(
 
 
 async def settle(db: AsyncSession, champion: Version, now: datetime) -> None:
-    """After a promotion: the new champion is no challenger any more, and shadows that cannot score its rows end."""
+    """After a promotion: the new champion is no challenger any more, and those that do not fit it end."""
     last = await traffic_of(db, champion.model)
     beside = challengers_of(last)
     going_on = []
     for one in beside:
         version = await db.get_one(Version, (champion.model, one.version))
-        if one.version != champion.version and (one.buckets or not unlike(champion, version)):
+        if one.version != champion.version and not misfit(champion, version, shadow=not one.buckets):
             going_on.append(one)
     if going_on != beside:
         await _save(db, champion.model, last, going_on, "promotion", f"version {champion.version} is the champion", now)
 
 
-def unlike(champion: Version, shadow: Version) -> str | None:
-    """Why the shadow cannot score the rows that the champion scored; None when it can. Levels may differ: a row names them."""
-    of_champion, of_shadow = (BundleSchema.model_validate(version.bundle_schema) for version in (champion, shadow))
-    if of_shadow.classes != of_champion.classes:
-        return f"its classes are {of_shadow.classes}, the champion's {of_champion.classes}"
-    known = {column.name: column.type for column in of_champion.columns}
-    if missing := [column.name for column in of_shadow.columns if known.get(column.name) != column.type]:
-        return f"the champion does not have its column {', '.join(missing)}"
+def misfit(champion: Version, other: Version, *, shadow: bool) -> str | None:
+    """Why a version cannot score beside the champion; None when it can. Levels may differ: they have names.
+
+    A shadow scores the champion's rows, so the champion must have its columns. A challenger must have the champion's: the clients of its
+    entities go on sending them by value, and would be refused.
+    """
+    having, needing = (champion, other) if shadow else (other, champion)
+    known, needed = (BundleSchema.model_validate(version.bundle_schema) for version in (having, needing))
+    if known.classes != needed.classes:
+        return f"version {having.version} has the classes {known.classes}, version {needing.version} {needed.classes}"
+    types = {column.name: column.type for column in known.columns}
+    if missing := [column.name for column in needed.columns if types.get(column.name) != column.type]:
+        return f"version {having.version} does not have version {needing.version}'s column {', '.join(missing)}"
     return None
 
 

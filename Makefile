@@ -58,7 +58,7 @@ demo: setup ## A year of flights through the whole mesh, in minutes; ends with r
 	$(BIN)/mojomesh demo
 
 test: setup ## Every test, on real servers: a few minutes
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-long: setup ## The same promises over thousands of histories, and for longer under load: hours
 	$(BIN)/pytest -m long -s

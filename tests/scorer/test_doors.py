@@ -200,7 +200,7 @@ async def test_missing_values_and_unknown_levels_are_counted_over_all_workers(sc
 
 
 LONG_WAY = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
-"""A request with a trace passes through the whole application; one without takes the fast lane, all but one in a hundred."""
+"""A request with a trace passes through the whole application; one without takes the fast lane, all but one in a thousand."""
 
 
 @pytest.mark.parametrize("name", ["binomial", "multinomial", "regression"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 SHORT_BYTES = 16 * 1024
-TRACED = 100  # one request of so many without a trace of its own takes the long way, which begins one
+TRACED = 1_000  # one request of so many without a trace of its own takes the long way, which begins one
 
 Answer = Callable[[bytes, bytes | bytearray], bytes | None]
 """Path and body to the answer's body; None when the application must answer."""

@@ -145,13 +145,7 @@ async def relaying(database: Database, outbox: Table, publisher: Publisher, heal
     """Run a relay beside the service. Should a bug end it, the service is not ready any more and says why."""
     relay = Relay(database, outbox, publisher)
     task = asyncio.create_task(relay.run())
-
-    async def ping() -> None:
-        if task.done():
-            await task
-            raise TransientError("the outbox's relay has stopped")
-
-    health.add("outbox", ping)
+    health.watch("outbox", task, "the outbox's relay")
     try:
         yield relay
     finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -90,20 +90,8 @@ async def retiring(
 ) -> AsyncIterator[None]:
     """Maintain partitions beside the service, and keep `retired` current. Should a bug end it, the service is not ready any more."""
     await retired.look(feature_store)
-    task = asyncio.create_task(_keep_retiring(feature_store, definitions, retired, keep))
-
-    async def ping() -> None:
-        if task.done():
-            await task
-            raise TransientError("partition maintenance has stopped")
-
-    health.add("partitions", ping)
-    try:
+    async with health.beside("partitions", _keep_retiring(feature_store, definitions, retired, keep), "partition maintenance"):
         yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 async def _keep_retiring(feature_store: FeatureStore, definitions: Definitions, retired: Retired, keep: timedelta | None) -> None:

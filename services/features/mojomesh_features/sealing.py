@@ -8,7 +8,7 @@ PostgreSQL, and registered by whoever comes next.
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from adbc_driver_manager import dbapi
 from obstore.exceptions import BaseError
 
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import Conflict, MeshError, TransientError
+from mojomesh_chassis.errors import Conflict, MeshError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.objects import Objects
@@ -108,20 +108,8 @@ class Sealer:
 @asynccontextmanager
 async def sealing(sealer: Sealer, definitions: Definitions, due: Due, health: Health) -> AsyncIterator[None]:
     """Look once a minute what is to be sealed, beside the service. Should a bug end it, the service is not ready any more and says why."""
-    task = asyncio.create_task(_keep_sealing(sealer, definitions, due))
-
-    async def ping() -> None:
-        if task.done():
-            await task
-            raise TransientError("sealing has stopped")
-
-    health.add("sealing", ping)
-    try:
+    async with health.beside("sealing", _keep_sealing(sealer, definitions, due), "sealing"):
         yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 async def _keep_sealing(sealer: Sealer, definitions: Definitions, due: Due) -> None:

@@ -403,6 +403,17 @@ def test_tritonclient_is_told_over_grpc_what_is_wrong(over_grpc: Any, models: di
         over_grpc.infer("binomial", [tensor])
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_refused_over_grpc(mesh: Mesh, value: float) -> None:
+    tensor = triton_grpc.InferInput("hour", [1], "FP64")
+    tensor.set_data_from_numpy(np.array([value]))
+    with (
+        triton_grpc.InferenceServerClient(f"127.0.0.1:{mesh.scorer.grpc_port}") as client,
+        pytest.raises(InferenceServerException, match="column 'hour' must be finite"),
+    ):
+        client.infer("regression", [tensor])
+
+
 async def test_grpc_has_health_and_reflection(scorer: Scorer) -> None:
     service = "inference.GRPCInferenceService"
     async with grpc.aio.insecure_channel(f"127.0.0.1:{scorer.grpc_port}") as channel:

@@ -19,7 +19,7 @@ class Model:
     def __init__(self) -> None:
         jvm = str(JAVA_HOME / "lib" / "server" / "libjvm.so")
         options = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+DisableExplicitGC", "-Xrs"]
-        jpype.startJVM(jvm, *options, classpath=[os.path.join(os.environ["BENCH_JARS"], "*")], convertStrings=True)  # noqa: PTH118
+        jpype.startJVM(jvm, *options, classpath=[f"{os.environ['BENCH_JARS']}/*"], convertStrings=True)
         self._model = jpype.JClass("hex.genmodel.MojoModel").load(os.environ["BENCH_MOJO"])
         n_columns = self._model.nfeatures()
         self.columns = [str(name) for name in self._model.getNames()[:n_columns]]

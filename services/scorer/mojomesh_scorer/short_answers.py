@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from mojomesh_scorer.doors import Doors
-from mojomesh_scorer.encoding import Encoder
+from mojomesh_scorer.encoding import MAX, Encoder
 from mojomesh_scorer.errors import RowsRefused, SchemaMismatch
 from mojomesh_scorer.models import LoadedModel
 from mojomesh_scorer.open_inference import outputs_of, values_of
@@ -108,7 +108,7 @@ def _read_elements(encoder: Encoder, elements: Iterable[Element]) -> Row | None:
 
 
 def _number(datatype: object, value: object) -> float | None:
-    if datatype == "FP64" and (type(value) is float or type(value) is int):
+    if datatype == "FP64" and (type(value) is float or type(value) is int) and -MAX <= value <= MAX:
         return value
     if datatype == "FP32" and (type(value) is float or type(value) is int) and -MAX_FP32 < value < MAX_FP32:
         return float(np.float32(value))

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import math
+import socket
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,10 +215,82 @@ async def test_the_fast_lane_and_the_application_give_the_same_answers(scorer: S
         assert {**fast, "prediction_id": "", "event_time": ""} == {**full, "prediction_id": "", "event_time": ""}
         assert UUID(fast["prediction_id"]).version == 7
 
-        path, asked = f"/v2/models/{name}/infer", {"id": "mine", "inputs": models[name].one_row_tensors(row)}
-        fast, full = [(await scorer.http.post(path, json=asked, headers=headers)).json() for headers in ({}, LONG_WAY)]
-        fast["outputs"][-1]["data"] = full["outputs"][-1]["data"] = []
-        assert fast == full
+        path = f"/v2/models/{name}/infer"
+        for options in ({"id": 'm"i%(score)bne'}, {"outputs": [{"name": "prediction_id"}, {"name": "score"}]}):
+            asked = {"inputs": models[name].one_row_tensors(row), **options}
+            fast, full = [(await scorer.http.post(path, json=asked, headers=headers)).json() for headers in ({}, LONG_WAY)]
+            for answer in (fast, full):
+                (ids,) = [output for output in answer["outputs"] if output["name"] == "prediction_id"]
+                assert UUID(ids.pop("data")[0]).version == 7
+            assert fast == full
+
+
+N_CONNECTIONS = 8  # among them some to each worker
+
+
+@contextmanager
+def connected(scorer: Scorer) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", scorer.http_port), timeout=10) as connection:
+        yield connection
+
+
+def body_of(models: dict[str, Trained], place: int = 0) -> bytes:
+    return json.dumps({"id": f"{place:04}", "inputs": models["regression"].one_row_tensors(models["regression"].rows[place])}).encode()
+
+
+def head_of(body: bytes) -> bytes:
+    return f"POST /v2/models/regression/infer HTTP/1.1\r\nHost: mesh\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the next answer."""
+    with connection.makefile("rb") as stream:
+        status = int(stream.readline().split()[1])
+        headers = dict(line.rstrip().lower().split(b": ", 1) for line in iter(stream.readline, b"\r\n"))
+        return status, stream.read(int(headers[b"content-length"]))
+
+
+def test_requests_that_begin_alike_get_answers_of_their_own(scorer: Scorer, models: dict[str, Trained]) -> None:
+    with connected(scorer) as connection:
+        for place in range(20):
+            body = body_of(models, place)
+            connection.sendall(head_of(body) + body)
+            status, answer = read_answer(connection)
+
+            assert (status, json.loads(answer)["id"]) == (200, f"{place:04}")
+            assert abs(json.loads(answer)["outputs"][0]["data"][0] - models["regression"].scores[place][0]) <= 1e-6
+
+
+@pytest.mark.parametrize("first", [b"GET /v2/health/live HTTP/1.1\r\n", b"POST /v2/models/regression/infer HTTP/1.1\r\n"])
+def test_the_end_of_a_head_is_not_taken_for_a_head(scorer: Scorer, models: dict[str, Trained], first: bytes) -> None:
+    """Else whoever sends a head in two pieces could teach the lane requests that do not say what they ask for."""
+    body = body_of(models)
+    rest = b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for _ in range(N_CONNECTIONS):
+        with connected(scorer) as connection:
+            connection.sendall(first + b"Host: mesh\r\n")
+            time.sleep(0.05)  # so that the rest arrives by itself
+            connection.sendall(rest)
+            assert read_answer(connection)[0] == 200
+    for _ in range(N_CONNECTIONS):
+        with connected(scorer) as connection:
+            connection.sendall(head_of(body) + body)
+            assert read_answer(connection)[0] == 200
+            connection.sendall(rest)
+
+            assert read_answer(connection)[0] == 400
+
+
+def test_who_does_not_read_answers_is_not_read_from(scorer: Scorer, models: dict[str, Trained]) -> None:
+    body = body_of(models)
+    requests = (head_of(body) + body) * 100
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", scorer.http_port))
+        connection.settimeout(3)
+        with pytest.raises(TimeoutError):  # when the buffers of the kernel are full, tens of megabytes later
+            for _ in range(2**28 // len(requests)):
+                connection.sendall(requests)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +305,8 @@ async def test_the_fast_lane_and_the_application_give_the_same_answers(scorer: S
         {"inputs": [{"name": "carrier", "shape": [1], "datatype": "BYTES", "data": [1]}]},
         {"inputs": [{"name": "carrier", "shape": [1], "datatype": "BYTES", "data": [[""]]}], "id": 3},
         {"inputs": [{"name": "hour", "shape": [1, 1], "datatype": "INT32", "data": [[5]]}], "parameters": {}},
+        {"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "data": [1]}], "outputs": [{"name": "nobody"}]},
+        {"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "data": [10**400]}]},
         [],
     ],
 )
@@ -387,6 +464,22 @@ def test_tritonclient_infers_over_grpc(over_grpc: Any, models: dict[str, Trained
     assert (result.get_response().id, result.get_response().model_version) == ("mine", "1")
 
 
+@pytest.mark.parametrize("name", ["binomial", "multinomial", "regression"])
+def test_a_short_answer_over_grpc_is_the_long_one(over_grpc: Any, models: dict[str, Trained], name: str) -> None:
+    inputs = triton_inputs(triton_grpc, models[name], 1)
+    for wanted in ([], ["score"], ["prediction_id", "score"]):
+        outputs = [triton_grpc.InferRequestedOutput(output) for output in wanted]
+        short, long = [over_grpc.infer(name, inputs, outputs=outputs, request_id="mine", headers=headers) for headers in ({}, LONG_WAY)]
+        described = [
+            [(output["name"], output["datatype"], output["shape"]) for output in result.get_response(as_json=True)["outputs"]]
+            for result in (short, long)
+        ]
+        assert described[0] == described[1]
+        for output, _, _ in described[0]:
+            assert output == "prediction_id" or (short.as_numpy(output) == long.as_numpy(output)).all()
+        assert (short.get_response().id, short.get_response().model_version) == ("mine", "1")
+
+
 def test_tritonclient_learns_over_grpc_what_is_served(over_grpc: Any) -> None:
     assert over_grpc.is_server_live() and over_grpc.is_server_ready() and over_grpc.is_model_ready("binomial")
     assert not over_grpc.is_model_ready("nothing")
@@ -485,10 +578,9 @@ async def test_a_worker_refuses_early_what_is_too_much(
 
         refused = await scorer.http.post("/v1/models/binomial:score", json={"entity_id": "UA1"})
         with triton_grpc.InferenceServerClient(f"127.0.0.1:{scorer.grpc_port}") as client:
-            inputs = triton_inputs(triton_grpc, models["binomial"], 1)
-            outputs = [triton_grpc.InferRequestedOutput("score")]  # a plain row by value is answered at once, whatever else waits
+            inputs = triton_inputs(triton_grpc, models["binomial"], 2)  # a plain row by value is answered at once, whatever else waits
             with pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"):
-                await asyncio.to_thread(client.infer, "binomial", inputs, outputs=outputs)
+                await asyncio.to_thread(client.infer, "binomial", inputs)
         mesh.features.gate.set()
 
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
+from opentelemetry import trace
 
 from mojomesh_scorer.errors import DeadlineMissed
 from mojomesh_scorer.receipts import Receipts
@@ -33,7 +34,7 @@ class Doors:
         if durable:
             await self.receipts.save(scored)
         else:
-            self.receipts.add(scored)
+            self.receipts.add(scored, trace.get_current_span().get_span_context())
 
 
 @asynccontextmanager

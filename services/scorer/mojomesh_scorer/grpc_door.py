@@ -1,7 +1,9 @@
 """The Open Inference Protocol V2 over gRPC, with the standard health and reflection services."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -25,12 +27,14 @@ from mojomesh_scorer.open_inference import (
     answer,
     entity_asked,
     inputs_of,
+    n_classes_of,
     n_rows_of,
     outputs_of,
+    outputs_with,
     timeout_s_of,
     version_asked,
 )
-from mojomesh_scorer.scoring import Scored
+from mojomesh_scorer.scoring import Scored, score_of
 from mojomesh_scorer.short_answers import Element, ShortAnswers
 from mojomesh_scorer.tensors import DTYPES, Tensor, from_bytes, from_values, to_bytes
 
@@ -51,6 +55,13 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+
+_RAW: dict[str, Callable[[Scored], bytes]] = {
+    "score": lambda scored: struct.pack("<d", score_of(scored.scores[0])),
+    "probabilities": lambda scored: struct.pack(f"<{len(scored.scores[0])}d", *scored.scores[0]),
+    "prediction_id": lambda scored: struct.pack("<I", len(scored.prediction_ids[0])) + scored.prediction_ids[0].encode(),
+}
+"""A row's outputs in the binary form, as `tensors.to_bytes` has those of many."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -91,8 +102,8 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        if (scored := self._score_short(request, context)) is not None:
-            return _response(request, scored, await answer(scored, [], explain=False))
+        if (response := self._answer_short(request, context)) is not None:
+            return response
         async with _answering(context, "ModelInfer"):
             with self._doors.scoring.admitted():
                 tensors = list(_tensors(request))
@@ -105,14 +116,35 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
                     await self._doors.keep_receipt(scored, durable=request.parameters["durable"].bool_param)
         return _response(request, scored, outputs)
 
-    def _score_short(self, request: pb.ModelInferRequest, context: Context) -> Scored | None:
+    def _answer_short(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse | None:
         """A single row by value, as on the fast lane of HTTP: nothing else is asked for, and no trace is carried."""
         self._n_infer += 1
-        if request.outputs or request.parameters or request.model_version or self._n_infer % TRACED == 0:
+        if request.parameters or request.model_version or self._n_infer % TRACED == 0:
             return None
         if any(key == "traceparent" for key, _ in context.invocation_metadata() or ()):
             return None
-        return self._short.infer(request.model_name, _elements(request))
+        if any(output.parameters for output in request.outputs):
+            return None
+        if (model := self._doors.scoring.models.serving_now(request.model_name)) is None:
+            return None
+        blank = _blank(model.name, model.version, n_classes_of(model), tuple([output.name for output in request.outputs]))
+        if blank is None or (scored := self._short.infer(model.name, _elements(request))) is None:
+            return None
+        response = pb.ModelInferResponse(id=request.id)
+        response.MergeFrom(blank)
+        response.raw_output_contents.extend([_RAW[output.name](scored) for output in blank.outputs])
+        return response
+
+
+@lru_cache(maxsize=256)
+def _blank(name: str, version: int, n_classes: int, wanted: tuple[str, ...]) -> pb.ModelInferResponse | None:
+    """An answer of one row without what differs from row to row; None when such outputs are not to be had."""
+    try:
+        specs = outputs_with(n_classes, wanted)
+    except KeyError:
+        return None
+    shaped = [pb.ModelInferResponse.InferOutputTensor(name=spec.name, datatype=spec.datatype, shape=[1, *spec.shape[1:]]) for spec in specs]
+    return pb.ModelInferResponse(model_name=name, model_version=str(version), outputs=shaped)
 
 
 def _response(request: pb.ModelInferRequest, scored: Scored, outputs: Sequence[Tensor]) -> pb.ModelInferResponse:
@@ -140,19 +172,21 @@ def _elements(request: pb.ModelInferRequest) -> Iterator[Element]:
         if list(given.shape) not in ([1], [1, 1]):
             raise ValueError("not a single row")
         if raw:
-            yield given.name, given.datatype, _element(given.datatype, raw[number])
+            value = _element(given.datatype, raw[number])
         else:
             (value,) = getattr(given.contents, _CONTENTS[given.datatype])
-            yield given.name, given.datatype, value.decode() if given.datatype == "BYTES" else value
+            value = value.decode() if given.datatype == "BYTES" else value
+        yield Element(given.name, given.datatype, (1,), (value,))
 
 
-def _element(datatype: str, content: bytes) -> object:
+def _element(datatype: str, content: bytes) -> float | str | bool:
     if datatype == "BYTES":
         if int.from_bytes(content[:4], "little") != len(content) - 4:
             raise ValueError("not a single text")
         return content[4:].decode()
-    (value,) = np.frombuffer(content, DTYPES[datatype])
-    return value.item()
+    (value,) = np.frombuffer(content, DTYPES[datatype]).tolist()
+    element: float | bool = value
+    return element
 
 
 def _tensors(request: pb.ModelInferRequest) -> Iterator[Tensor]:

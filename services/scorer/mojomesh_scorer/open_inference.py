@@ -35,8 +35,24 @@ def inputs_of(model: LoadedModel) -> list[TensorSpec]:
 
 def outputs_of(model: LoadedModel) -> list[TensorSpec]:
     """The score that people ask for, for a classifier the probability of each class, and the ids of the predictions."""
-    probabilities = [TensorSpec("probabilities", "FP64", [-1, len(model.schema.classes)])] if model.schema.classes else []
-    return [TensorSpec("score", "FP64", [-1]), *probabilities, TensorSpec("prediction_id", "BYTES", [-1])]
+    return outputs_with(n_classes_of(model))
+
+
+def n_classes_of(model: LoadedModel) -> int:
+    """How many classes a classifier has, 0 for a regression."""
+    return len(model.schema.classes or ())
+
+
+def outputs_with(n_classes: int, wanted: Sequence[str] = ()) -> list[TensorSpec]:
+    """The same by the number of classes; with `wanted` only those, in that order.
+
+    Raises:
+        KeyError: There is none of such a name.
+    """
+    probabilities = [TensorSpec("probabilities", "FP64", [-1, n_classes])] if n_classes else []
+    specs = [TensorSpec("score", "FP64", [-1]), *probabilities, TensorSpec("prediction_id", "BYTES", [-1])]
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name in wanted] if wanted else specs
 
 
 def n_rows_of(tensors: Sequence[Tensor]) -> int:

@@ -42,7 +42,7 @@ NO_ROW = Row()
 """Of which nothing is known but its values."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes longer to make than a prediction
 class Scored:
     """A block of predictions of exactly one model version."""
 

@@ -4,6 +4,7 @@ import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import isnan
 
 import numpy as np
 from prometheus_client import Counter, Histogram
@@ -49,7 +50,10 @@ class Tallies:
     def note_row(self, model: LoadedModel, row: Sequence[float], unknown: Mapping[str, int]) -> None:
         """The same for a single row."""
         tally = self._of(model)
-        tally.single.append(row)
+        if isnan(sum(row)):
+            tally.single.append(row)
+        else:
+            tally.n_rows += 1
         for column, n in unknown.items():
             tally.unknown[column] += n
 

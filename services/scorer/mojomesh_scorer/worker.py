@@ -45,7 +45,7 @@ from mojomesh_scorer.control import (
     obey,
 )
 from mojomesh_scorer.doors import Doors
-from mojomesh_scorer.fast_lane import Answer, FastLane
+from mojomesh_scorer.fast_lane import FastLane, Lane, Route
 from mojomesh_scorer.grpc_door import serving_grpc
 from mojomesh_scorer.lookups import FeatureLookup
 from mojomesh_scorer.models import Models
@@ -137,7 +137,7 @@ class Worker:
         short = ShortAnswers(self._doors)
         with opened_above_connections():
             await self._open.enter_async_context(serving_grpc(self._doors, short, self._settings.host, grpc))
-            await self._open.enter_async_context(serving_http(app, short, self._settings.host, http))
+            await self._open.enter_async_context(serving_http(app, short.route, self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
         # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
@@ -168,7 +168,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> AsyncIterator[None]:
+async def serving_http(app: FastAPI, route: Route, host: str, port: int) -> AsyncIterator[None]:
     """Serve on a port that other workers share; at the end requests in flight finish."""
     shared = socket.socket()
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,7 +176,7 @@ async def serving_http(app: FastAPI, answer: Answer, host: str, port: int) -> As
     shared.bind((host, port))
     config = uvicorn.Config(
         app,
-        http=type("WorkerProtocol", (FastLane,), {"answer": staticmethod(answer)}),
+        http=type("WorkerProtocol", (FastLane,), {"lane": Lane(route)}),
         access_log=False,
         proxy_headers=False,
         log_level="warning",

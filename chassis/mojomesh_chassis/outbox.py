@@ -17,7 +17,7 @@ from mojomesh_chassis.database import Database
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
-from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.publishing import Publisher, Record
 from mojomesh_chassis.telemetry import log, trace_headers
 from mojomesh_contracts.events import Event
 
@@ -115,7 +115,7 @@ class Relay:
                 return 0
             await self._publisher.send(
                 [
-                    (topic, key.encode(), orjson.dumps(payload), [(name, text.encode()) for name, text in headers.items()])
+                    Record(topic, key.encode(), orjson.dumps(payload), [(name, text.encode()) for name, text in headers.items()])
                     for _, topic, key, payload, headers in rows
                 ]
             )

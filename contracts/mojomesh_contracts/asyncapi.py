@@ -16,6 +16,7 @@ from mojomesh_contracts.events import (
     DefinitionApplied,
     DriftDetected,
     Event,
+    EventParked,
     EventReceived,
     FeaturesWritten,
     FoldTrained,
@@ -47,9 +48,9 @@ MESH: tuple[Part, ...] = (
     Part("clients", publishes=(EventReceived, ScoreRequested)),
     Part(
         "ingest",
-        work=(EventReceived,),
+        work=(EventReceived, EventParked),
         broadcast=(DefinitionApplied,),
-        publishes=(EventReceived, FeaturesWritten),
+        publishes=(EventReceived, EventParked, FeaturesWritten),
     ),
     Part(
         "features",

@@ -3,6 +3,7 @@
 Within a major version (`...v1`) a field may be added with a default, never removed, renamed or given a new meaning or unit.
 """
 
+from datetime import timedelta
 from typing import Any, ClassVar, Literal
 from uuid import UUID, uuid5
 
@@ -32,6 +33,11 @@ class Event(Frozen):
     @property
     def partition_key(self) -> str:
         return str(getattr(self, self.keyed_by))
+
+    @property
+    def partition(self) -> int | None:
+        """The partition it belongs to; None: its key decides, as every Kafka client places it."""
+        return None
 
     def derive_id(self, cause: str) -> UUID:
         """Id of an event caused by this one: the same on every replay, so a repeat is known."""
@@ -74,6 +80,20 @@ class FeaturesWritten(Event):
     created_at: AwareDatetime
     seq: int
     values: dict[str, FeatureValue]
+
+
+class EventParked(Event):
+    """An event that its shard did not take when it came; it waits in that shard's own partition. Produced and read by ingest."""
+
+    topic: ClassVar[Topic] = Topic("events.parked.v1", partitions=12, retention=timedelta(days=90), max_bytes=2 * 2**20)
+    keyed_by: ClassVar[str] = "shard"
+
+    shard: int = Field(ge=0, description="Its place among the shards, from 0")
+    event: EventReceived
+
+    @property
+    def partition(self) -> int:
+        return self.shard % self.topic.partitions
 
 
 class DefinitionApplied(Event):
@@ -321,6 +341,7 @@ class DriftDetected(Event):
 
 EVENTS: tuple[type[Event], ...] = (
     EventReceived,
+    EventParked,
     FeaturesWritten,
     DefinitionApplied,
     TrainingRequested,

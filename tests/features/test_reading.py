@@ -48,11 +48,11 @@ class Counting(FeatureReader):
 
     loads = 0
 
-    async def _load(self, entities: Sequence[Entity]) -> dict[Entity, Window]:
+    async def _load(self, entities: Sequence[Entity]) -> dict[Entity, Window | TransientError]:
         self.loads += 1
         return await super()._load(entities)
 
-    async def _stored_now(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
+    async def _stored_now(self, asked: Sequence[AsOf]) -> dict[AsOf, Found]:
         self.loads += 1
         return await super()._stored_now(asked)
 
@@ -135,7 +135,7 @@ async def own_reader(own_redis: tuple[str, Child], feature_store: FeatureStore) 
         yield FeatureReader(feature_store, OnlineStore(redis), Retired())
 
 
-async def from_postgresql(feature_store: FeatureStore, asked: list[AsOf]) -> Mapping[AsOf, OnlineRow | None]:
+async def from_postgresql(feature_store: FeatureStore, asked: list[AsOf]) -> Mapping[AsOf, Found]:
     async with open_redis("redis://127.0.0.1:9/0") as nowhere:
         return await FeatureReader(feature_store, OnlineStore(nowhere), Retired())._stored_now(asked)
 
@@ -231,7 +231,8 @@ async def test_control_without_coalescing_every_one_of_them_loads(counting: Coun
 
     answers = await asyncio.gather(*(counting.windows([FLIGHT]) for _ in range(200)))
 
-    assert [answer[FLIGHT].at(microseconds(NOON)) for answer in answers] == [row] * 200
+    windows = [answer[FLIGHT] for answer in answers]
+    assert [window.at(microseconds(NOON)) for window in windows if isinstance(window, Window)] == [row] * 200
     assert counting.loads >= 50
 
 
@@ -281,7 +282,7 @@ async def test_a_vector_is_joined_as_of_the_event_time(
         plan, [("UA1545", microseconds(NOON + HOUR)), ("UA1545", microseconds(NOON + 1.5 * HOUR)), ("UA1545", microseconds(NOON - HOUR))]
     )
 
-    assert vector is not None
+    assert isinstance(vector, Vector)
     assert vector.values == {
         "carrier": "UA",
         "distance": 1400,
@@ -292,7 +293,7 @@ async def test_a_vector_is_joined_as_of_the_event_time(
     }
     assert [row.key(entity) for entity, row in vector.used.items()] == [flight.key, weather.key]
     assert vector.ages_ms == {"flights": 3_600_000, "weather": 7_200_000}
-    assert too_old is not None and too_old.values["weather.temp"] == 2.0
+    assert isinstance(too_old, Vector) and too_old.values["weather.temp"] == 2.0
     assert too_early is None
 
 

@@ -97,7 +97,7 @@ async def test_training_sees_what_scoring_saw(
     pairs = [(str(row["entity_id"]), int(str(row["event_time"])) * 1000) for row in rows]
     vectors = await reader.vectors(plan_of(model, definitions), pairs)
 
-    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if vector is not None]
+    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if isinstance(vector, Vector)]
     assert online == [{name: row[name] for name in vector} for row, vector in zip(rows, online, strict=True)]
 
 

@@ -37,7 +37,8 @@ def build(settings: FeaturesSettings) -> FastAPI:
             objects = open_objects(settings.objects)
             publisher = await stack.enter_async_context(open_publisher(settings))
             # Redis has no ping here: without it answers are the same.
-            health.add("postgres", feature_store.ping)
+            health.add("postgres", database.ping)
+            health.add("shards", feature_store.ping)
             health.add("objects", objects.ping)
             definitions = Definitions()
             snapshots = Snapshots(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.errors import NotFound, TransientError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
@@ -196,7 +196,9 @@ def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
     return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
 
 
-def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[str, Any]:
+def _vector(spine: str, entity_id: str, at: int, vector: Vector | TransientError | None) -> dict[str, Any]:
+    if isinstance(vector, TransientError):
+        return {"away": str(vector)}
     if vector is None:
         return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
     if vector.too_old:

@@ -8,7 +8,8 @@ from mojomesh_chassis.definitions import Definitions, subscribe_definitions
 from mojomesh_chassis.errors import Rejected
 from mojomesh_contracts.events import EventReceived, FeaturesWritten
 from mojomesh_contracts.validation import problem_of
-from mojomesh_store import rows
+from mojomesh_ingest import checking
+from mojomesh_store.rows import row_id
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow
 
@@ -20,6 +21,8 @@ subscribe_definitions(router)
 async def on_events_received(events: list[EventReceived], feature_store: FeatureStore, definitions: Definitions) -> list[FeaturesWritten]:
     """Store each event once, as a feature row; announce all of them, so that a repeat after a crash still announces.
 
+    What its feature set says to hold back goes to quarantine instead.
+
     Raises:
         Rejected: Some events break their feature set, or name none.
     """
@@ -30,9 +33,10 @@ async def on_events_received(events: list[EventReceived], feature_store: Feature
     if reasons := {index: problem for index, problem in enumerate(problems) if problem}:
         raise Rejected(reasons)
     stored: list[FeatureRow] = []
-    for shard, part in feature_store.split(events):
-        async with shard.begin() as db:
-            stored += await rows.append(db, part)
+    odd = checking.problems_of(events, definitions.feature_sets)
+    held = await checking.hold_back(events, odd, definitions.feature_sets, feature_store)
+    for shard, part in feature_store.split(event for event in events if row_id(event) not in held):
+        stored += await checking.append(shard, part, odd, definitions.feature_sets)
     return [announcement(row) for row in stored]
 
 

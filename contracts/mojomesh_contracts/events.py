@@ -339,6 +339,24 @@ class DriftDetected(Event):
     window_to: AwareDatetime
 
 
+class QualityBreached(Event):
+    """In one window a feature set's events were not as its definition expects. Produced by features; read by people and what wakes them."""
+
+    topic: ClassVar[Topic] = Topic("quality.breached.v1", partitions=3)
+    keyed_by: ClassVar[str] = "feature_set"
+
+    feature_set: str
+    expectation: str = Field(description="`values` (a range, or the categories there are), `missing`, `rows` or `freshness`")
+    feature: str | None = Field(description="Of which something was expected; None: of the set as a whole")
+    window_from: AwareDatetime = Field(description="By when the mesh knew the rows; not included")
+    window_to: AwareDatetime = Field(description="Included")
+    value: float = Field(description="Rows with such a value, share of missing ones, rows, or age of the newest event time in seconds")
+    reason: str = Field(description="In words")
+    n_rows: int = Field(description="Rows stored in the window")
+    n_held: int = Field(description="Events held back in the window; `mojomesh quarantine` shows them")
+    examples: list[UUID] = Field(description="event_id of a few of the rows or events")
+
+
 EVENTS: tuple[type[Event], ...] = (
     EventReceived,
     EventParked,
@@ -354,5 +372,6 @@ EVENTS: tuple[type[Event], ...] = (
     PredictionsMade,
     ShadowCompared,
     DriftDetected,
+    QualityBreached,
 )
 """Every event there is; what creates topics, writes schemas and documents the mesh walks over this."""

@@ -1,7 +1,7 @@
 """Where feature rows live: one PostgreSQL database, or several with the entities spread over them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -28,6 +28,7 @@ class OfEntity(Protocol):
     def entity_id(self) -> str: ...
 
 
+Answer = TypeVar("Answer")
 AnyOfEntity = TypeVar("AnyOfEntity", bound=OfEntity)
 
 
@@ -65,7 +66,9 @@ class Shard(Database):
         except (TransientError, TimeoutError) as error:
             if self._alone:
                 raise
-            raise ShardAway(f"{self._name} is away, and with it the entities it holds, but no others: {error or repr(error)}") from error
+            raise ShardAway(
+                f"{self._name} is away, and with it the entities it holds, but no others: {str(error) or 'it did not answer in time'}"
+            ) from error
 
     async def is_up(self) -> bool:
         """Whether it answers; told as a metric too."""
@@ -94,6 +97,23 @@ class FeatureStore:
         for thing in things:
             parts.setdefault(self._router.place(thing.entity_id), []).append(thing)
         return [(self.shards[index], part) for index, part in parts.items()]
+
+    async def each(self, do: Callable[[Shard], Awaitable[Answer]]) -> list[Answer]:
+        """The answer of each shard, one after the other; one that is away does not keep the others from doing it.
+
+        Raises:
+            TransientError: Some were away.
+        """
+        answers = []
+        away: TransientError | None = None
+        for shard in self.shards:
+            try:
+                answers.append(await do(shard))
+            except TransientError as error:
+                away = error
+        if away is not None:
+            raise away
+        return answers
 
     async def pass_snapshot(self, snapshot_time: datetime | None = None) -> datetime:
         """Fix what a snapshot sees, on every shard; the snapshot's time, by default the latest possible.

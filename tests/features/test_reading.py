@@ -14,13 +14,13 @@ import pytest
 from redis.asyncio import Redis
 
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import PermanentError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.redis import open_redis
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import FeaturesWritten
 from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.handlers import on_features_written
-from mojomesh_features.reading import FeatureReader
+from mojomesh_features.reading import FeatureReader, Found
 from mojomesh_features.retiring import Retired
 from mojomesh_local import ports
 from mojomesh_local.processes import Child
@@ -28,7 +28,7 @@ from mojomesh_local.redis import Redis as RedisServer
 from mojomesh_store.online import Entity, OnlineRow, OnlineStore, Window, microseconds
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow
-from mojomesh_store.vectors import AsOf, plan_of
+from mojomesh_store.vectors import AsOf, Vector, plan_of
 from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)

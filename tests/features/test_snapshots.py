@@ -20,7 +20,7 @@ from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows as store_rows
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.shards import FeatureStore, open_feature_store
-from mojomesh_store.vectors import plan_of
+from mojomesh_store.vectors import Vector, plan_of
 from tests.features.definition import TrainingRow, as_learned
 from tests.features.making import NOON, Append, AppendAll, make_event
 

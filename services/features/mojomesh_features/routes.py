@@ -17,6 +17,7 @@ from mojomesh_chassis.errors import NotFound, TransientError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
+from mojomesh_features.judging import windows_of
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
@@ -162,6 +163,17 @@ async def drift(
     async with database.begin() as db:
         windows, alerts = await tables.drift_of(db, model, limit)
     return _json({"model": model, "windows": windows, "alerts": alerts})
+
+
+@router.get("/v1/quality/{feature_set}")
+async def quality(
+    feature_set: str, database: ADatabase, definitions: SomeDefinitions, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+) -> Response:
+    """What came in of a feature set, window by window, and what of it was not as its definition expects."""
+    definitions.feature_set(feature_set)  # refuses a name that nobody defined
+    async with database.begin() as db:
+        windows = await windows_of(db, feature_set, limit)
+    return _json({"feature_set": feature_set, "windows": windows})
 
 
 @router.get("/v1/predictions/{prediction_id}")

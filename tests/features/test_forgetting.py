@@ -1,6 +1,7 @@
 """Forgetting an entity: nothing of it is left anywhere, nothing else is touched, and it does not come back."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -8,21 +9,24 @@ from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import duckdb
 import httpx
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy import text
+from typer.testing import CliRunner
 
 from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.objects import Objects
 from mojomesh_cli.forgetting import Forgotten, Places, forget
+from mojomesh_cli.main import app
 from mojomesh_contracts.bundles import SnapshotTaken
-from mojomesh_contracts.definitions import Model
-from mojomesh_contracts.events import EventReceived, PredictionsMade
+from mojomesh_contracts.definitions import FeatureSet, Model, definition_id
+from mojomesh_contracts.events import DefinitionApplied, EventReceived, PredictionsMade
 from mojomesh_features import tables
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
@@ -125,7 +129,7 @@ async def traces(owner: Database, redis: Redis, objects: Objects) -> set[str]:
         for table in TABLES:
             if (await db.execute(text(f"SELECT 1 FROM {table} AS t WHERE t::text LIKE '%{WHO}%' LIMIT 1"))).first():
                 found.add(table)
-    if any(WHO in str(key) or WHO in str(await redis.get(key)) for key in await redis.keys("*")):
+    if any([WHO in str(key) or WHO in str(await redis.get(key)) for key in await redis.keys("*")]):
         found.add("redis")
     for path in [*await objects.list("segments"), *await objects.list("snapshots")]:
         with duckdb.connect() as db:
@@ -310,3 +314,38 @@ async def test_killed_anywhere_the_next_call_finishes_it(
     again = await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), taken.snapshot_time)
     assert again.erasures
     assert again.n_rows == 10
+
+
+async def test_the_command_asks_and_forgets(
+    history: History,
+    definitions: Definitions,
+    model: Model,
+    reader: FeatureReader,
+    owner: Database,
+    redis: Redis,
+    redis_url: str,
+    objects: Objects,
+    postgres: Any,
+    mesh_env: dict[str, str],
+    kafka: str,
+    records: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    await history.make(definitions, model, reader)
+    declared: list[FeatureSet | Model] = [*definitions.feature_sets.values(), model]
+    for document in declared:
+        applied = {"definition_id": definition_id(document), "version": 1, "definition": document.model_dump(mode="json")}
+        await records.publish(DefinitionApplied(event_id=uuid4(), **applied))
+    own = {"MOJOMESH_KAFKA": kafka, "MOJOMESH_REDIS": redis_url, "MOJOMESH_POSTGRES_OWNER": postgres.owner_url}
+    for name, value in (mesh_env | own | {"MOJOMESH_STATE": str(tmp_path / "state")}).items():
+        monkeypatch.setenv(name, value)
+
+    refused = await asyncio.to_thread(CliRunner().invoke, app, ["store", "forget", WHO], "n\n")
+    assert (refused.exit_code, await traces(owner, redis, objects)) == (1, EVERYWHERE)
+    one_set = await asyncio.to_thread(CliRunner().invoke, app, ["store", "forget", WHO, "--yes", "--json", "--feature-set", "crews"])
+    assert json.loads(one_set.stdout)["rows"] == {"crews": 10}
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["store", "forget", WHO, "--yes"])
+
+    assert "Erased rows: 10 of flights, 10 of arrivals. Held events: 2." in done.stdout
+    assert await traces(owner, redis, objects) == set()

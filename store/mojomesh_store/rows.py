@@ -50,6 +50,19 @@ _STORED = _reading_rows("""
     JOIN store.feature_rows AS row USING (feature_set, event_time, event_id)
 """).columns(*feature_rows.c)
 
+_SETTLED = text("""
+    SELECT feature_set, event_time, event_id
+    FROM unnest(CAST(:feature_sets AS text[]), CAST(:event_times AS timestamptz[]), CAST(:event_ids AS uuid[]))
+        AS asked (feature_set, event_time, event_id)
+    WHERE EXISTS (
+        SELECT FROM store.feature_rows AS row
+        WHERE (row.feature_set, row.event_time, row.event_id) = (asked.feature_set, asked.event_time, asked.event_id)
+    ) OR EXISTS (
+        SELECT FROM store.retired_events AS gone
+        WHERE (gone.feature_set, gone.event_time, gone.event_id) = (asked.feature_set, asked.event_time, asked.event_id)
+    )
+""")
+
 _LATEST = _reading_rows("""
     SELECT ROW_COLUMNS, asked.n
     FROM unnest(CAST(:entity_ids AS text[]), CAST(:ats AS timestamptz[])) WITH ORDINALITY AS asked (entity_id, at, n)
@@ -97,8 +110,16 @@ async def append_at(
     for event in events:
         firsts.setdefault(row_id(event), event)
     new = await _insert(db, firsts, created_at)
-    stored = new | await rows_of(db, [key for key in firsts if key not in new])
+    repeats = [key for key in firsts if key not in new]
+    stored = new | await _rows_of(db, repeats) if repeats else new
     return [stored[key] for event in events if (key := row_id(event)) in stored], new
+
+
+async def settled(db: AsyncSession, events: Sequence[EventReceived]) -> set[RowId]:
+    """Those of the events that are stored, or were and must not be again."""
+    feature_sets, event_times, event_ids = (list(column) for column in zip(*map(row_id, events), strict=True))
+    asked = {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids}
+    return {(feature_set, event_time, event_id) for feature_set, event_time, event_id in await db.execute(_SETTLED, asked)}
 
 
 async def latest(db: AsyncSession, feature_set: str, entity_id: str, at: datetime, snapshot_time: datetime) -> FeatureRow | None:
@@ -199,10 +220,7 @@ async def _draw_seqs(db: AsyncSession, n: int) -> list[int]:
     return drawn
 
 
-async def rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, FeatureRow]:
-    """The rows of those events that are stored."""
-    if not row_ids:
-        return {}
+async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, FeatureRow]:
     feature_sets, event_times, event_ids = (list(column) for column in zip(*row_ids, strict=True))
     found = await db.execute(_STORED, {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids})
     return {(row.feature_set, row.event_time, row.event_id): row for row in map(FeatureRow._make, found.all())}

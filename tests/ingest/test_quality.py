@@ -11,7 +11,8 @@ import pytest
 from mojomesh_chassis.database import open_database
 from mojomesh_contracts.events import DefinitionApplied, EventReceived
 from mojomesh_ingest import quarantine
-from mojomesh_store import tallies
+from mojomesh_store import erasure, tallies
+from mojomesh_store.rows import row_id
 from mojomesh_store.tallies import Tally
 from tests.ingest.conftest import FEATURES
 
@@ -130,6 +131,18 @@ async def test_facts_that_share_an_event_id_are_all_let_go(expecting: Any, inges
 
     await release(expecting, ingest, feature_set="flights")
     await until_stored(expecting, 2)
+
+
+async def test_a_held_event_that_was_forgotten_is_not_held_again(expecting: Any, ingest: httpx.AsyncClient) -> None:
+    event = expecting.make_event(distance=9_000)
+    async with open_database(expecting.postgres.owner_url) as database, database.begin() as db:
+        await erasure.forget_events(db, [row_id(event)])
+
+    await expecting.records.publish(event)
+    await expecting.until_handled()
+
+    assert await held(ingest) == []
+    assert await expecting.stored() == []
 
 
 async def test_letting_go_needs_the_token(expecting: Any, ingest: httpx.AsyncClient) -> None:

@@ -90,7 +90,8 @@ async def stored_rows(feature_store: AFeatureStore, definitions: SomeDefinitions
             for feature_set, n in await db.execute(
                 text("""
                 SELECT feature_set, count(*) FROM (
-                    SELECT feature_set FROM store.feature_rows UNION ALL SELECT feature_set FROM store.retired_events
+                    SELECT feature_set FROM store.feature_rows UNION ALL
+                    SELECT feature_set FROM store.retired_events WHERE NOT forgotten
                 ) AS stored GROUP BY feature_set
             """)
             ):
@@ -145,6 +146,12 @@ async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snap
     await definitions.caught_up()
     plan = plan_of(query.model, definitions)
     return await snapshots.take(plan, label_of(query.model.label, definitions), query.snapshot_time)
+
+
+@router.post("/v1/snapshots:erasures")
+async def snapshot_erasures(query: SnapshotQuery, snapshots: SomeSnapshots) -> dict[str, list[datetime]]:
+    """When facts were erased that a snapshot had or would have had: taken before, it was another."""
+    return {"erasures": await snapshots.erasures(query.model, query.snapshot_time)}
 
 
 @router.post("/v1/segments:seal", dependencies=[Protected])

@@ -37,7 +37,7 @@ async def hold_back(
             bad.setdefault(key, (event, problems[key]))
     if not bad:
         return set()
-    let_go = await _stored([event for event, _ in bad.values()], feature_store)
+    let_go = await _settled([event for event, _ in bad.values()], feature_store)
     counts: dict[str, Tally] = {}
     async with feature_store.shards[0].begin() as db:
         created_at = await rows.write_time(db)
@@ -54,11 +54,11 @@ async def hold_back(
     return set(bad)
 
 
-async def _stored(events: Sequence[EventReceived], feature_store: FeatureStore) -> set[RowId]:
+async def _settled(events: Sequence[EventReceived], feature_store: FeatureStore) -> set[RowId]:
     found: set[RowId] = set()
     for shard, part in feature_store.split(events):
         async with shard.begin() as db:
-            found |= (await rows.rows_of(db, [row_id(event) for event in part])).keys()
+            found |= await rows.settled(db, part)
     return found
 
 

@@ -103,6 +103,27 @@ async def release(db: AsyncSession, feature_set: str | None, event_ids: Sequence
     return events
 
 
+async def held_of(db: AsyncSession, entity_id: str, feature_sets: Sequence[str]) -> list[RowId]:
+    """The keys of an entity's events, held or let go."""
+    found = await db.execute(
+        text("""
+            SELECT feature_set, event_time, event_id FROM ingest.quarantine
+            WHERE entity_id = :entity_id AND feature_set = ANY(:sets)
+        """),
+        {"entity_id": entity_id, "sets": list(feature_sets)},
+    )
+    return [(feature_set, event_time, event_id) for feature_set, event_time, event_id in found]
+
+
+async def forget(db: AsyncSession, entity_id: str, feature_sets: Sequence[str]) -> int:
+    """Erase an entity's events, held or let go, how many; as the owner."""
+    named = {"entity_id": entity_id, "sets": list(feature_sets)}
+    sent = text("DELETE FROM ingest.outbox WHERE payload->>'entity_id' = :entity_id AND payload->>'feature_set' = ANY(:sets)")
+    await db.execute(sent, named)
+    kept = text("DELETE FROM ingest.quarantine WHERE entity_id = :entity_id AND feature_set = ANY(:sets) RETURNING 1")
+    return len((await db.execute(kept, named)).all())
+
+
 def _sending_id(event: Event) -> UUID:
     # Clients may use one event_id for several facts: what tells them apart is all of the row's id.
     assert isinstance(event, EventReceived)

@@ -33,9 +33,16 @@ class Neighbours:
             self._retired.check_known(asked.feature_set, None)
             await self._feature_store.pass_snapshot(asked.snapshot_time)
 
-        async def on(shard: Shard) -> list[Near]:
-            async with shard.begin() as db:
-                return await embeddings.nearest(db, asked, exact)
-
-        found = await asyncio.gather(*(on(shard) for shard in self._feature_store.shards))
+        found = await asyncio.gather(*(self._on(shard, asked, exact) for shard in self._feature_store.shards))
         return heapq.nsmallest(asked.k, (near for part in found for near in part), key=lambda near: (near.distance, near.entity_id))
+
+    async def _on(self, shard: Shard, asked: Asked, exact: bool) -> list[Near]:
+        """The nearest of the entities that have their place on this shard; it may hold copies of others, while entities move."""
+        k = asked.k
+        while True:
+            async with shard.begin() as db:
+                found = await embeddings.nearest(db, asked._replace(k=k), exact)
+            own = [near for near in found if self._feature_store.shard_of(near.entity_id) is shard]
+            if len(own) >= asked.k or len(found) < k:
+                return own
+            k *= 2

@@ -20,6 +20,8 @@ EMBEDDINGS = (
         PRIMARY KEY (feature, event_time, event_id)
     ) PARTITION BY LIST (feature)
     """,
+    # What each partition was made with, for who makes it elsewhere.
+    "CREATE TABLE store.embedded (feature text PRIMARY KEY, dimensions integer NOT NULL, operators text NOT NULL)",
     "CREATE INDEX embeddings_of_entity ON store.embeddings (feature, entity_id)",
     # The service role may call it when the first vector of a feature comes; `feature` is `set.feature`.
     """
@@ -35,6 +37,7 @@ EMBEDDINGS = (
         EXECUTE format('CREATE TABLE IF NOT EXISTS store.%I PARTITION OF store.embeddings FOR VALUES IN (%L)', own, wanted);
         EXECUTE format('CREATE INDEX IF NOT EXISTS %I ON store.%I USING hnsw ((embedding::vector(%s)) %I)',
             own || '_near', own, dimensions, operators);
+        INSERT INTO store.embedded VALUES (wanted, dimensions, operators) ON CONFLICT DO NOTHING;
     END
     $$
     """,

@@ -207,9 +207,17 @@ class Scorer:
         return self.child.command.log.read_text()
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes that live, in no order."""
+        """The worker processes that listen, in no order: without the spare one."""
         children = [child for child in psutil.Process(self.child.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-        return [child for child in children if "mojomesh_scorer.worker" in child.cmdline()]
+        return [child for child in children if any(open.status == psutil.CONN_LISTEN for open in child.net_connections("tcp"))]
+
+    async def spare(self) -> psutil.Process:
+        """The process that waits to take a lost worker's slot, once there is one."""
+        while True:
+            workers = [child for child in psutil.Process(self.child.pid).children() if "mojomesh_scorer.worker" in child.cmdline()]
+            if spares := {worker.pid: worker for worker in workers}.keys() - {worker.pid for worker in self.workers()}:
+                return psutil.Process(spares.pop())
+            await asyncio.sleep(0.02)
 
     async def score(self, model: str, values: Row, **more: Any) -> dict[str, Any]:
         """One native prediction, which must succeed."""

@@ -40,6 +40,7 @@ ANSWER_S = 60.0  # a worker that takes longer to answer is killed and replaced
 STOP_S = 20.0  # and so is one that takes longer to drain
 SHORT_LIFE_S = 1.0  # one that dies younger, or before it was up, is replaced after a wait, longer each time
 MAX_WAIT_S = 10.0
+NO_SLOT = -1
 
 AnyReply = TypeVar("AnyReply", bound=Frozen)
 T = TypeVar("T")
@@ -86,8 +87,8 @@ class Ports:
 class Worker:
     """One worker process as the supervisor sees it."""
 
-    def __init__(self, slot: int, process: asyncio.subprocess.Process, asking: Asking) -> None:
-        self.slot = slot
+    def __init__(self, process: asyncio.subprocess.Process, asking: Asking) -> None:
+        self.slot = NO_SLOT
         self.process = process
         self.open = False
         self.serving: dict[str, Served] = {}
@@ -143,7 +144,7 @@ class Worker:
 
     async def open_doors(self) -> None:
         """Let it listen and consume."""
-        await self._ask(OpenDoors(), Done)
+        await self._ask(OpenDoors(slot=self.slot), Done)
         self.open = True
 
     async def count(self) -> Counted:
@@ -176,6 +177,7 @@ class Pool:
         self._settings = settings
         self._ports = ports
         self._metrics = metrics
+        self._spare: Worker | None = None
         self._doors = asyncio.Event()
         self._some_member = asyncio.Event()
         self._stopping = False
@@ -253,10 +255,11 @@ class Pool:
     async def _life_of_a_worker(self, slot: int) -> float:
         """Start a worker and see to its end; returns for how many seconds it was up."""
         try:
-            worker = await self._start(slot)
+            worker = self._take_spare() or await self._start()
         except OSError as error:  # the machine has no process or no memory for it just now
             log.error("worker_not_started", slot=slot, reason=str(error))
             return 0.0
+        worker.slot = slot
         up = time.monotonic()
         try:
             await self._bring_up(worker)
@@ -268,11 +271,40 @@ class Pool:
             up = time.monotonic()
         finally:
             self._remove(worker)
-            await worker.end()
-            forget_gauges(self._metrics, worker.process.pid)
+            await self._end(worker)
         if not self._stopping:
             log.error("worker_lost", slot=slot, pid=worker.process.pid, reason=reason)
         return time.monotonic() - up
+
+    async def keep_spare(self) -> None:
+        """Keep one process more: started, with its JVM, and nothing else to do than to take the slot of the next worker that is lost."""
+        await self._doors.wait()
+        while not self._stopping:
+            while sum(worker.open for worker in self.members) < self._settings.workers:  # those that serve come first
+                await asyncio.sleep(0.05)
+            try:
+                spare = self._spare = await self._start()
+            except OSError as error:
+                log.warning("spare_not_started", reason=str(error))
+                await asyncio.sleep(MAX_WAIT_S)
+            else:
+                await self._until_taken(spare)
+
+    async def _until_taken(self, spare: Worker) -> None:
+        try:
+            while self._spare is spare:
+                await asyncio.sleep(0.05)
+                if spare.process.returncode is not None:
+                    log.warning("spare_lost", pid=spare.process.pid, reason=f"exit code {spare.process.returncode}")
+                    await asyncio.sleep(MAX_WAIT_S)
+                    break
+        finally:
+            if self._take_spare() is spare:
+                await self._end(spare)
+
+    def _take_spare(self) -> Worker | None:
+        spare, self._spare = self._spare, None
+        return spare
 
     async def stop(self) -> None:
         """Let the workers drain, and go."""
@@ -284,16 +316,20 @@ class Pool:
             async with asyncio.timeout(STOP_S):
                 await asyncio.gather(*(worker.process.wait() for worker in self.members))
 
-    async def _start(self, slot: int) -> Worker:
+    async def _end(self, worker: Worker) -> None:
+        await worker.end()
+        forget_gauges(self._metrics, worker.process.pid)
+
+    async def _start(self) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "mojomesh_scorer.worker"),
-                *(str(number) for number in (slot, theirs.fileno(), *self._ports.numbers, os.getpid())),
+                *(str(number) for number in (theirs.fileno(), *self._ports.numbers, os.getpid())),
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, FOLDER_VARIABLE: str(self._metrics)},
             )
-        return Worker(slot, process, await open_asking(ours))
+        return Worker(process, await open_asking(ours))
 
     async def _bring_up(self, worker: Worker) -> None:
         while worker.serving != self.served or worker.beside != self.beside:
@@ -350,6 +386,7 @@ async def open_pool(settings: Settings, metrics: Path) -> AsyncIterator[Pool]:
         pool = Pool(settings, Ports(http, grpc), metrics)
         async with asyncio.TaskGroup() as keepers:
             tasks = [keepers.create_task(pool.keep(slot)) for slot in range(settings.workers)]
+            tasks.append(keepers.create_task(pool.keep_spare()))
             try:
                 async with asyncio.timeout(ANSWER_S):
                     await pool.up()

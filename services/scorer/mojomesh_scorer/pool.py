@@ -32,7 +32,7 @@ from mojomesh_scorer.control import (
     Surround,
     open_asking,
 )
-from mojomesh_scorer.errors import LoadFailed, WorkerLost
+from mojomesh_scorer.errors import LoadFailed, ProbeFailed, WorkerLost
 from mojomesh_scorer.metrics import FOLDER_VARIABLE, forget_gauges
 from mojomesh_scorer.settings import Settings
 
@@ -40,6 +40,7 @@ ANSWER_S = 60.0  # a worker that takes longer to answer is killed and replaced
 STOP_S = 20.0  # and so is one that takes longer to drain
 SHORT_LIFE_S = 1.0  # one that dies younger, or before it was up, is replaced after a wait, longer each time
 MAX_WAIT_S = 10.0
+SPARE_S = 0.1  # how often the spare process is looked after
 NO_SLOT = -1
 
 AnyReply = TypeVar("AnyReply", bound=Frozen)
@@ -178,6 +179,7 @@ class Pool:
         self._ports = ports
         self._metrics = metrics
         self._spare: Worker | None = None
+        self._one_holder = asyncio.Lock()
         self._doors = asyncio.Event()
         self._some_member = asyncio.Event()
         self._stopping = False
@@ -198,7 +200,8 @@ class Pool:
             # One after the other: while one loads, the others have the cores.
             return [await worker.load(served) for worker in list(self.members)]
         except (LoadFailed, WorkerLost):
-            await self._of_all([worker.discard(served) for worker in self.members])
+            holding = [*self.members, *([self._spare] if self._spare else [])]
+            await self._of_all([worker.discard(served) for worker in holding])
             raise
 
     async def commit(self, served: Served) -> list[Switched]:
@@ -277,30 +280,60 @@ class Pool:
         return time.monotonic() - up
 
     async def keep_spare(self) -> None:
-        """Keep one process more: started, with its JVM, and nothing else to do than to take the slot of the next worker that is lost."""
-        await self._doors.wait()
-        while not self._stopping:
-            while sum(worker.open for worker in self.members) < self._settings.workers:  # those that serve come first
-                await asyncio.sleep(0.05)
-            try:
-                spare = self._spare = await self._start()
-            except OSError as error:
-                log.warning("spare_not_started", reason=str(error))
-                await asyncio.sleep(MAX_WAIT_S)
-            else:
-                await self._until_taken(spare)
-
-    async def _until_taken(self, spare: Worker) -> None:
+        """Keep one process more, with all models loaded and its doors closed; the next worker that is lost is replaced by it."""
         try:
-            while self._spare is spare:
-                await asyncio.sleep(0.05)
-                if spare.process.returncode is not None:
-                    log.warning("spare_lost", pid=spare.process.pid, reason=f"exit code {spare.process.returncode}")
+            while not self._stopping:
+                await asyncio.sleep(SPARE_S)
+                n_ready = sum(worker.open or not self._doors.is_set() for worker in self.members)
+                if n_ready < self._settings.workers:
+                    continue  # those that serve come first
+                if (spare := self._spare) is not None and spare.process.returncode is None and self._serves_all(spare):
+                    continue
+                try:
+                    async with self._holding_spare() as spare:
+                        await self._catch_up(spare)
+                except (LoadFailed, WorkerLost, OSError) as error:
+                    log.error("spare_lost", reason=str(error))
                     await asyncio.sleep(MAX_WAIT_S)
-                    break
         finally:
-            if self._take_spare() is spare:
+            if (spare := self._take_spare()) is not None:
                 await self._end(spare)
+
+    async def prove(self, served: Served) -> None:
+        """Load a version in the spare process, which a bomb, a crash or a hang in it may harm as it likes: it is thrown away then.
+
+        Raises:
+            ProbeFailed: The version cannot be loaded, or the process does not survive it.
+        """
+        try:
+            try:
+                await self._load_in_spare(served)
+            except WorkerLost as error:
+                # It may have died of something else; a bundle that kills workers kills them again.
+                log.warning("worker_lost_in_probe", model=served.model, reason=str(error))
+                await self._load_in_spare(served)
+        except (LoadFailed, WorkerLost) as error:
+            raise ProbeFailed(f"the probe ended: {error}") from None
+
+    async def _load_in_spare(self, served: Served) -> None:
+        async with self._holding_spare() as spare:
+            await spare.load(served)
+
+    @asynccontextmanager
+    async def _holding_spare(self) -> AsyncIterator[Worker]:
+        """The spare process, started if there is none, which nobody else uses or takes meanwhile; its end if anything goes wrong."""
+        async with self._one_holder:
+            spare = self._take_spare()
+            if spare is not None and spare.process.returncode is not None:
+                await self._end(spare)
+                spare = None
+            spare = spare or await self._start()
+            try:
+                yield spare
+            except BaseException:
+                await self._end(spare)
+                raise
+            self._spare = spare
 
     def _take_spare(self) -> Worker | None:
         spare, self._spare = self._spare, None
@@ -331,14 +364,20 @@ class Pool:
             )
         return Worker(process, await open_asking(ours))
 
-    async def _bring_up(self, worker: Worker) -> None:
-        while worker.serving != self.served or worker.beside != self.beside:
+    def _serves_all(self, worker: Worker) -> bool:
+        return worker.serving == self.served and worker.beside == self.beside
+
+    async def _catch_up(self, worker: Worker) -> None:
+        while not self._serves_all(worker):
             for served in list(self.served.values()):
                 if worker.serving.get(served.model) != served:
                     await worker.commit(served)
             for beside in list(self.beside.values()):
                 if worker.beside.get(beside.model) != beside:
                     await worker.surround(beside)
+
+    async def _bring_up(self, worker: Worker) -> None:
+        await self._catch_up(worker)
         # No await since the check: from here on every swap reaches it.
         self.members.append(worker)
         self._some_member.set()

@@ -19,7 +19,6 @@ from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase, TrafficSet
 from mojomesh_scorer.control import Counted, Loaded
 from mojomesh_scorer.errors import WorkerLost
-from mojomesh_scorer.golden import check_golden, golden_rows
 from mojomesh_scorer.latencies import added, p99_ms
 from mojomesh_scorer.pool import Beside, Pool, Served, Switched
 from mojomesh_scorer.probing import score_in_probe
@@ -167,11 +166,11 @@ class Swaps:
             bundle = await self._fetch(swap.digest)
             if bundle.manifest.model != swap.model:
                 raise BadBundle(f"the bundle is of model '{bundle.manifest.model}', promoted was '{swap.model}'")
+        served = Served(swap.model, swap.version, swap.digest, bundle.folder)
         if swap.digest not in self._proven:  # a rollback to a version that served before needs no second probe
             with swap.phase("probe"):
-                await self._probe(bundle)
+                await self._pool.prove(served)
             self._proven.add(swap.digest)
-        served = Served(swap.model, swap.version, swap.digest, bundle.folder)
         with swap.phase("load"):
             try:
                 swap.loaded = await self._pool.prepare(served)
@@ -183,10 +182,6 @@ class Swaps:
 
     async def _fetch(self, digest: str) -> Bundle:
         return await fetch_bundle(self._objects, digest, self._bundles, self._settings.verifying_key)
-
-    async def _probe(self, bundle: Bundle) -> None:
-        inputs, wanted = golden_rows(bundle.golden, bundle.schema)
-        check_golden(await score_in_probe(bundle.folder, inputs, self._settings.heap_mb), wanted, bundle.golden.tolerance)
 
     def _certificate(
         self, swap: _Swap, *, reason: str | None, switched: list[Switched], drained: bool, failed_requests: int, p99: Latency

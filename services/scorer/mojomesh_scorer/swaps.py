@@ -16,7 +16,7 @@ from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase, TrafficSet
+from mojomesh_contracts.events import Latency, LeftOut, ModelDeployed, ModelPromoted, SwapPhase, TrafficFollowed, TrafficSet
 from mojomesh_scorer.control import Counted, Loaded
 from mojomesh_scorer.errors import WorkerLost
 from mojomesh_scorer.latencies import added, p99_ms
@@ -56,7 +56,7 @@ class Swaps:
         self._pool = pool
         self._bundles = bundles
         self._promoted: dict[str, ModelPromoted] = {}
-        self._traffic: dict[str, TrafficSet] = {}
+        self._followed: dict[str, TrafficFollowed] = {}
         self._certificates: dict[str, ModelDeployed] = {}
         self._proven: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
@@ -78,27 +78,36 @@ class Swaps:
             self._certificates[promoted.model] = certificate
             return certificate
 
-    async def surround(self, traffic: TrafficSet) -> None:
-        """Let the versions named, and no others, score beside their model's champion; nothing for a setting that is stale.
+    async def surround(self, traffic: TrafficSet) -> TrafficFollowed | None:
+        """Let the versions named, and no others, score beside their model's champion. None for a setting that is stale.
 
         One that must not be used is left out: its entities stay with the champion.
         """
         async with self._one_at_a_time:
-            known = self._traffic.get(traffic.model)
+            known = self._followed.get(traffic.model)
             if known is not None and traffic.setting <= known.setting:
                 log.info("traffic_stale", model=traffic.model, setting=traffic.setting, known=known.setting)
-                return
-            versions = []
+                return known if traffic.setting == known.setting else None
+            versions, left_out = [], []
             for one in traffic.challengers:
                 try:
                     served = await self._prepare(_Swap(traffic.model, one.version, one.bundle_digest, previous=None))
                 except (PermanentError, WorkerLost) as error:
                     log.error("challenger_refused", model=traffic.model, version=one.version, reason=str(error))
+                    left_out.append(LeftOut(version=one.version, reason=str(error)))
                 else:
                     versions.append((served, tuple(one.buckets)))
             await self._pool.surround(Beside(traffic.model, tuple(versions)))
-            self._traffic[traffic.model] = traffic
             log.info("traffic_set", model=traffic.model, setting=traffic.setting, versions=[served.version for served, _ in versions])
+            followed = self._followed[traffic.model] = TrafficFollowed(
+                event_id=uuid4(),  # each attempt is a fact of its own
+                model=traffic.model,
+                setting=traffic.setting,
+                replica=self._settings.replica,
+                followed_at=datetime.now(UTC),
+                left_out=left_out,
+            )
+            return followed
 
     async def reload(self, model: str, version: int | None, digest: str | None) -> ModelDeployed:
         """Load and serve by hand, all steps anew: the version named, or the one promoted last.

@@ -211,13 +211,15 @@ class Scorer:
         children = [child for child in psutil.Process(self.child.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
         return [child for child in children if any(open.status == psutil.CONN_LISTEN for open in child.net_connections("tcp"))]
 
-    async def spare(self) -> psutil.Process:
-        """The process that waits to take a lost worker's slot, once there is one."""
-        while True:
-            workers = [child for child in psutil.Process(self.child.pid).children() if "mojomesh_scorer.worker" in child.cmdline()]
-            if spares := {worker.pid: worker for worker in workers}.keys() - {worker.pid for worker in self.workers()}:
-                return psutil.Process(spares.pop())
+    async def spare(self, after: int = 0) -> int:
+        """Process id of the process that waits to take a lost worker's slot, once it is ready; `after` is that of one before."""
+        while not (ready := [line["pid"] for line in self.logged("spare_up")]) or ready[-1] == after:
             await asyncio.sleep(0.02)
+        return int(ready[-1])
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """Lines of the log with that event."""
+        return [json.loads(line) for line in self.log.splitlines() if f'"event": "{event}"' in line]
 
     async def score(self, model: str, values: Row, **more: Any) -> dict[str, Any]:
         """One native prediction, which must succeed."""

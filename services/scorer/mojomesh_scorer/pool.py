@@ -292,6 +292,7 @@ class Pool:
                 try:
                     async with self._holding_spare() as spare:
                         await self._catch_up(spare)
+                    log.info("spare_up", pid=spare.process.pid)
                 except (LoadFailed, WorkerLost, OSError) as error:
                     log.error("spare_lost", reason=str(error))
                     await asyncio.sleep(MAX_WAIT_S)

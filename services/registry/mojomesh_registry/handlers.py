@@ -78,7 +78,9 @@ async def on_traffic_followed(events: list[TrafficFollowed], database: Database)
     """Keep the last word of each replica on each model's traffic."""
     async with database.begin() as db:
         for event in sorted(events, key=lambda event: (event.model, event.replica, event.setting, event.followed_at)):
-            row = insert(Follower).values(**event.model_dump(mode="json", include={"model", "replica", "setting", "left_out"}), followed_at=event.followed_at)
+            row = insert(Follower).values(
+                **event.model_dump(mode="json", include={"model", "replica", "setting", "left_out"}), followed_at=event.followed_at
+            )
             newer = {name: row.excluded[name] for name in ("setting", "followed_at", "left_out")}
             known = tuple_(Follower.setting, Follower.followed_at)
             await db.execute(

@@ -77,6 +77,56 @@ class Feature(Definition):
         return None
 
 
+class Expectation(Definition):
+    """What values of a feature should be. Unlike the feature's own min and max, a value beyond is a fact: it is kept, and told."""
+
+    min: float | None = None
+    max: float | None = None
+    one_of: list[str] | None = Field(default=None, min_length=1, description="The categories there are")
+    missing: float | None = Field(default=None, ge=0, lt=1, description="Greatest share of a window's rows that may lack a value")
+    otherwise: Literal["report", "hold"] = Field(
+        default="report", description="What becomes of a row whose value is out of range or not among the categories: kept, or held back"
+    )
+
+    def problem(self, value: FeatureValue) -> str | None:
+        """Why `value` is not as expected, in words; None if it is, or is missing."""
+        if self.one_of is not None and isinstance(value, str) and value not in self.one_of:
+            return f"is {value!r}, expected {', '.join(self.one_of)}"
+        if isinstance(value, int | float):
+            if self.min is not None and value < self.min:
+                return f"is {value!r}, expected at least {self.min:g}"
+            if self.max is not None and value > self.max:
+                return f"is {value!r}, expected at most {self.max:g}"
+        return None
+
+
+class RowCount(Definition):
+    """How many rows a window should bring."""
+
+    min: int = Field(default=0, ge=0)
+    max: int | None = Field(default=None, ge=0)
+
+
+class Quality(Definition):
+    """What is expected of a feature set's events as they flow in; a breach is told once a window, as `quality.breached.v1`."""
+
+    window: Duration = Field(default=timedelta(minutes=1), description="By when the mesh knew the rows; from 1 s to 7 d")
+    features: dict[ColumnName, Expectation] = {}
+    rows: RowCount | None = None
+    freshness: Duration | None = Field(default=None, description="How old the newest event time may be at the end of a window")
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "Quality":
+        if not timedelta(seconds=1) <= self.window <= timedelta(days=7):
+            raise ValueError(f"a window lasts from 1 s to 7 d, not {self.window}")
+        return self
+
+    def problems(self, values: dict[str, FeatureValue]) -> dict[str, str]:
+        """What is not as expected of a row, in words, by feature."""
+        found = ((name, expected.problem(values.get(name))) for name, expected in self.features.items())
+        return {name: problem for name, problem in found if problem}
+
+
 class FeatureSet(Definition):
     """A named, typed schema of facts about one type of entity; changes only add features."""
 
@@ -84,6 +134,19 @@ class FeatureSet(Definition):
     name: Name
     entity: ColumnName = Field(description="What entity_id identifies, as in `flight_id`")
     features: dict[ColumnName, Feature] = Field(min_length=1)
+    quality: Quality | None = None
+
+    @model_validator(mode="after")
+    def _check_quality(self) -> "FeatureSet":
+        for name, expected in self.quality.features.items() if self.quality else ():
+            feature = self.features.get(name)
+            if feature is None:
+                raise ValueError(f"quality expects something of '{name}', which is not a feature")
+            if feature.type != "number" and (expected.min is not None or expected.max is not None):
+                raise ValueError(f"quality: min and max are for numbers, '{name}' is a {feature.type}")
+            if feature.type != "category" and expected.one_of is not None:
+                raise ValueError(f"quality: one_of is for categories, '{name}' is a {feature.type}")
+        return self
 
     def problems(self, values: dict[str, FeatureValue]) -> list[str]:
         """What is wrong with a vector, in words, every fault named; empty when it is in order."""

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
-from mojomesh_contracts.definitions import Feature, Label
+from mojomesh_contracts.definitions import Feature, Label, Model
 from mojomesh_features.joining import training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
+from mojomesh_store import erasure
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.vectors import Plan
@@ -69,7 +70,17 @@ class Snapshots:
                 path = f"snapshots/{plan.model.name}/{digest}.parquet"
                 if not await self._objects.exists(path):
                     await self._objects.put(path, file)
-        return SnapshotTaken(path=path, digest=digest, n_rows=n_rows, snapshot_time=snapshot_time, columns=plan.columns)
+        erased = await self.erasures(plan.model, snapshot_time)
+        return SnapshotTaken(path=path, digest=digest, n_rows=n_rows, snapshot_time=snapshot_time, columns=plan.columns, erasures=erased)
+
+    async def erasures(self, model: Model, snapshot_time: datetime) -> list[datetime]:
+        """When rows were erased that had been known at `snapshot_time`, of the feature sets of a model."""
+        named = {model.spine, model.label.feature_set, *(source.feature_set for source in model.features)}
+        found: set[datetime] = set()
+        for shard in self._feature_store.shards:
+            async with shard.begin() as db:
+                found |= await erasure.erasures(db, named, snapshot_time)
+        return sorted(found)
 
 
 def _check_names(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import orjson
 from pydantic import TypeAdapter
 from sqlalchemy import ARRAY, BigInteger, Column, DateTime, Double, Identity, Integer, MetaData, RowMapping, Table, Text, Uuid, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -37,6 +38,7 @@ predictions = Table(
     Column("scores", ARRAY(Double)),
     Column("rows", JSONB),
     Column("request_id", Uuid),
+    Column("forgotten_at", DateTime(timezone=True)),
 )
 
 _COUNT = text("""
@@ -60,6 +62,7 @@ _UNMEASURED = text("""
     SELECT counted.arrival, counted.event_time, predictions.inputs, predictions.scores
     FROM features.counted JOIN features.predictions USING (prediction_id)
     WHERE counted.model = :model AND counted.promotion = :promotion AND counted.arrival > :after
+        AND predictions.forgotten_at IS NULL
     ORDER BY counted.arrival
     LIMIT :n
 """)
@@ -220,6 +223,31 @@ async def predictions_after(db: AsyncSession, model: str, after: int, limit: int
     log = predictions.c
     found = await db.execute(select(predictions).where(log.model == model, log.seq > after).order_by(log.seq).limit(limit))
     return [_by_name(row) for row in found.mappings()]
+
+
+async def forget_predictions(db: AsyncSession, entity_id: str, feature_sets: Sequence[str], models: Sequence[str]) -> int:
+    """Empty the receipts of `models` for an entity, and those of any model that used its rows of these feature sets; how many.
+
+    As the owner. Ids stay, so that a block of predictions that is delivered again does not bring them back.
+    """
+    emptied = await db.scalars(
+        text("""
+            UPDATE features.predictions
+            SET entity_id = NULL, inputs = '{}', scores = '{}', rows = '[]', request_id = NULL, forgotten_at = clock_timestamp()
+            WHERE (entity_id = :entity_id AND model = ANY(:models)) OR rows @> ANY(CAST(:used AS jsonb[]))
+            RETURNING prediction_id
+        """),
+        {
+            "entity_id": entity_id,
+            "models": list(models),
+            "used": [orjson.dumps([{"feature_set": name, "entity_id": entity_id}]).decode() for name in feature_sets],
+        },
+    )
+    await db.execute(
+        text("UPDATE features.counted SET entity_id = 'forgotten/' || prediction_id WHERE entity_id = :entity_id AND model = ANY(:models)"),
+        {"entity_id": entity_id, "models": list(models)},
+    )
+    return len(emptied.all())
 
 
 async def drift_of(db: AsyncSession, model: str, limit: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -41,7 +41,7 @@ _read_time = TypeAdapter(AwareDatetime).validate_python
 
 
 def read_request(value: bytes) -> Request:
-    """A `ScoreRequested` in JSON as what is scored, at a quarter of what Pydantic costs, which decides on all that is out of the ordinary.
+    """A `ScoreRequested` in JSON as what is scored, at half of what Pydantic costs, which decides on all that is out of the ordinary.
 
     Raises:
         ValidationError: It is none.

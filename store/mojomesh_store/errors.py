@@ -7,5 +7,9 @@ class ShardAway(TransientError):
     """One shard does not take part; entities of the others are read and written as ever."""
 
 
+class Moved(TransientError):
+    """Entities are placed on another number of shards than this process thought; by now it knows, so try again."""
+
+
 class UnusableDefinition(PermanentError):
     """A model that names what there is not, or what cannot be joined or learned."""

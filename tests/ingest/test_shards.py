@@ -180,7 +180,7 @@ class LosesWhatIsParked(Parking):
 
 
 class LetsOthersOvertake(Parking):
-    async def queues(self) -> set[int]:
+    async def queues(self, n_placed: int) -> set[int]:
         return set()
 
 

@@ -143,18 +143,19 @@ async def _open(sources: Sequence[Shard], target: Shard) -> None:
 async def _copy(source: Shard, target: Shard, router: ShardRouter, after: datetime | None, until: datetime | None) -> None:
     """Copy what was created in (after, until] of the entities that belong on the target, and which events are gone."""
     created = "created_at > coalesce($1::timestamptz, '-infinity') AND created_at <= coalesce($2::timestamptz, 'infinity')"
+    before = ShardRouter(target.number)  # what was copied from here to another shard earlier may still be here
     async with _connection(source) as reading, _connection(target) as writing:
         async with reading.transaction():
             moving: list[str] = []
             async for (entity_id,) in reading.cursor(
                 f"SELECT DISTINCT entity_id FROM store.feature_rows WHERE {created}", after, until, prefetch=CHUNK
             ):
-                if router.place(entity_id) == target.number:
+                if before.place(entity_id) == source.number and router.place(entity_id) == target.number:
                     moving.append(entity_id)
-            await reading.execute("INSERT INTO store.moved SELECT unnest($1::text[]) ON CONFLICT DO NOTHING", moving)
-        query = f"SELECT * FROM store.feature_rows JOIN store.moved USING (entity_id) WHERE {created}"
+            await reading.execute("INSERT INTO store.moved SELECT unnest($1::text[]), $2 ON CONFLICT DO NOTHING", moving, router.n_shards)
+        query = f"SELECT * FROM store.feature_rows JOIN store.moved USING (entity_id) WHERE n_shards = $3 AND {created}"
         columns = 'feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values"'
-        await _pipe(reading, writing, query.replace("*", columns, 1), (after, until), "feature_rows")
+        await _pipe(reading, writing, query.replace("*", columns, 1), (after, until, router.n_shards), "feature_rows")
         gone = "SELECT feature_set, event_time, event_id, forgotten FROM store.retired_events"
         await _pipe(reading, writing, gone, (), "retired_events")
         retired = await reading.fetch("SELECT feature_set, before, announced_at FROM store.retired")
@@ -188,7 +189,9 @@ async def _verify(sources: Sequence[Shard], target: Shard) -> int:
     for source in sources:
         async with source.begin() as db:
             await db.execute(text("SET LOCAL timezone = 'UTC'"))
-            n, part = (await db.execute(text(f"SELECT {told} JOIN store.moved USING (entity_id)"))).one()
+            n, part = (
+                await db.execute(text(f"SELECT {told} JOIN store.moved USING (entity_id) WHERE n_shards = :n"), {"n": target.number + 1})
+            ).one()
         n_rows, digest = n_rows + n, digest + part
     async with target.begin() as db:
         await db.execute(text("SET LOCAL timezone = 'UTC'"))

@@ -1,9 +1,12 @@
 """A shard is added while rows are written and read: none is lost, counted twice or out of reach, whenever it is interrupted."""
 
 import asyncio
+import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +107,42 @@ async def test_a_shard_added_while_rows_are_written_has_its_share_and_every_read
     assert store.n_placed == 3
     assert {store.shard_of(entity_id).number for entity_id in ENTITIES} == {0, 1, 2}
     for entity_id in ENTITIES:
+        assert await read(store, entity_id) == ledger[entity_id][::-1]
+
+
+REBALANCE = """
+import asyncio, sys
+from pathlib import Path
+from mojomesh_chassis.faults import arm_faults
+from mojomesh_store.rebalancing import rebalance
+from mojomesh_store.shards import open_feature_store
+
+async def run():
+    async with open_feature_store(sys.argv[2:]) as store:
+        await rebalance(store)
+
+arm_faults(Path(sys.argv[1]))
+asyncio.run(run())
+"""
+
+
+@pytest.mark.parametrize("point", ["store.after_copy", "store.after_fence", "store.before_open"])
+async def test_a_rebalancing_that_was_killed_hides_nothing_and_is_finished_by_the_next(
+    point: str, store: FeatureStore, owners: FeatureStore, databases: list[Any], tmp_path: Path
+) -> None:
+    ledger = {entity_id: await write(store, make_event(entity_id)) for entity_id in ENTITIES}
+    (tmp_path / point).touch()
+    arguments = ["-c", REBALANCE, str(tmp_path), *(database.owner_url for database in databases)]
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments)
+    assert await process.wait() == -signal.SIGKILL
+    for entity_id in ENTITIES:
+        assert await read(store, entity_id) == ledger[entity_id]
+
+    rebalanced = await rebalance(owners)
+
+    assert rebalanced.added == [2]
+    for entity_id in ENTITIES:
+        ledger[entity_id] += await write(store, make_event(entity_id))
         assert await read(store, entity_id) == ledger[entity_id][::-1]
 
 

@@ -18,8 +18,8 @@ STATEMENTS = (
     )
     """,
     "INSERT INTO store.shard DEFAULT VALUES",
-    # Entities whose rows were copied to another shard, until the last of these rows has left this one.
-    "CREATE TABLE store.moved (entity_id text PRIMARY KEY)",
+    # Entities whose rows were copied to the last of n_shards shards, until none of these rows is left on this one.
+    "CREATE TABLE store.moved (entity_id text PRIMARY KEY, n_shards integer NOT NULL)",
     "GRANT SELECT ON store.shard, store.moved TO mojomesh_service",
 )
 

@@ -14,7 +14,7 @@ from uhashring import HashRing
 from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_store import rows
-from mojomesh_store.errors import Moved, ShardAway
+from mojomesh_store.errors import Moved, ShardAway, TooFewShards
 
 _UP = Gauge("mojomesh_shard_up", "1 if the shard answered the last look at the service's readiness, else 0", ["shard"])
 
@@ -65,7 +65,7 @@ class Shard(Database):
             async with asyncio.timeout(None if self._alone else patience_s), super().begin() as db:
                 yield db
         except (TransientError, TimeoutError) as error:
-            if self._alone or isinstance(error, Moved | ShardAway):
+            if self._alone or isinstance(error, Moved | ShardAway | TooFewShards):
                 raise
             raise ShardAway(
                 f"{self._name} is away, and with it the entities it holds, but no others: {str(error) or 'it did not answer in time'}"
@@ -99,6 +99,7 @@ class FeatureStore:
 
         Raises:
             Moved: The entities are placed otherwise by now; read again.
+            TooFewShards: So that this process cannot reach some.
         """
         n_shards = (await db.execute(text("SELECT n_shards FROM store.shard"))).scalar_one()
         self._check(shard, n_shards)
@@ -108,6 +109,7 @@ class FeatureStore:
 
         Raises:
             Moved: The entities are placed otherwise by now; write again.
+            TooFewShards: So that this process cannot reach some.
             ShardAway: The shard is being filled; its entities wait.
         """
         asked = text("SELECT coalesce(next_n_shards, n_shards), counts_after = 'infinity' FROM store.shard")
@@ -121,7 +123,7 @@ class FeatureStore:
         if n_shards is None or shard.number < n_shards <= self.n_placed:
             return
         if n_shards > len(self.shards):
-            raise TransientError(f"entities are placed on {n_shards} shards; MOJOMESH_POSTGRES names only {len(self.shards)} of them")
+            raise TooFewShards(f"entities are placed on {n_shards} shards; MOJOMESH_POSTGRES names only {len(self.shards)} of them")
         self._router = ShardRouter(n_shards)
         raise Moved(f"entities are placed on {n_shards} shards now", retry_after_s=0.05)
 

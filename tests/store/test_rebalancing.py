@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from mojomesh_chassis.errors import PermanentError, TransientError
+from mojomesh_chassis.errors import PermanentError
 from mojomesh_contracts.events import EventReceived
 from mojomesh_store import rows
-from mojomesh_store.errors import Moved, ShardAway
+from mojomesh_store.errors import Moved, ShardAway, TooFewShards
 from mojomesh_store.rebalancing import claim, rebalance
 from mojomesh_store.shards import FeatureStore, Shard, ShardRouter, open_feature_store
 from mojomesh_store.tables import FeatureRow
@@ -165,6 +165,23 @@ async def test_what_moved_leaves_where_it_was_once_it_is_sealed(store: FeatureSt
         assert await read(store, entity_id) == ledger[entity_id]
 
 
+async def test_two_shards_added_before_anything_is_cleaned_hold_what_is_placed_there_and_no_more(
+    store: FeatureStore, owners: FeatureStore
+) -> None:
+    for shard in owners.shards:
+        async with shard.begin() as db:
+            await db.execute(text("UPDATE store.shard SET n_shards = 1"))
+    ledger = {entity_id: await write(store, make_event(entity_id)) for entity_id in ENTITIES}
+
+    assert (await rebalance(owners)).added == [1, 2]
+
+    async with owners.shards[2].begin() as db:
+        last = set((await db.execute(text("SELECT entity_id FROM store.feature_rows"))).scalars())
+    assert last == {entity_id for entity_id in ENTITIES if ShardRouter(3).place(entity_id) == 2}
+    for entity_id in ENTITIES:
+        assert await read(store, entity_id) == ledger[entity_id]
+
+
 async def test_a_repeat_of_an_event_whose_row_moved_is_no_new_row(store: FeatureStore, owners: FeatureStore) -> None:
     events = [make_event(entity_id) for entity_id in ENTITIES]
     stored = await write(store, *events)
@@ -193,9 +210,9 @@ async def test_a_writer_that_places_as_before_is_refused_and_without_the_fence_i
 async def test_a_process_that_was_not_told_of_the_new_shard_says_so(owners: FeatureStore, databases: list[Any]) -> None:
     await rebalance(owners)
     async with open_feature_store([database.url for database in databases[:2]]) as old:
-        with pytest.raises(TransientError, match="placed on 3 shards; MOJOMESH_POSTGRES names only 2"):
+        with pytest.raises(TooFewShards, match="placed on 3 shards; MOJOMESH_POSTGRES names only 2"):
             await write(old, make_event())
-        with pytest.raises(TransientError, match="placed on 3 shards"):
+        with pytest.raises(TooFewShards, match="placed on 3 shards"):
             await old.pass_snapshot()
 
 

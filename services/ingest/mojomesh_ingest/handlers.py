@@ -13,7 +13,7 @@ from mojomesh_contracts.events import Event, EventParked, EventReceived, Feature
 from mojomesh_contracts.validation import problem_of
 from mojomesh_ingest import checking
 from mojomesh_ingest.parking import Parking
-from mojomesh_store.errors import Moved
+from mojomesh_store.errors import Moved, TooFewShards
 from mojomesh_store.rows import row_id
 from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.tables import FeatureRow
@@ -59,7 +59,7 @@ async def on_events_received(
         match outcomes.get(shard):
             case list(announced):
                 following += announced
-            case Moved() as error:
+            case Moved() | TooFewShards() as error:
                 raise error
             case None | TransientError() | TimeoutError() as error:
                 following += parking.park(shard, part, error)

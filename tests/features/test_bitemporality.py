@@ -42,7 +42,7 @@ from tests.features.making import DEFINITIONS, NOON, make_event
 EXAMPLES, LONG = 25, 5_000
 
 # Little room, so that histories are full of corrections, of ties and of labels.
-flights, airports = st.sampled_from(["A", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
+flights, airports = st.sampled_from(["A", "Ä\n"]), st.sampled_from(["EWR", "JFK"])
 times = st.sampled_from([-5, -2, 0, 1]).map(lambda n: NOON + n * HOUR)
 reports = st.one_of(st.none(), times)
 numbers = st.one_of(st.none(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False, width=32))
@@ -140,12 +140,12 @@ class World:
 
 
 @contextmanager
-def a_world(new_postgres: Callable[[], Any], folder: Path, reading: type[KnownRows]) -> Iterator[World]:
+def a_world(new_postgres: Callable[[], Any], folder: Path, reading: type[KnownRows], n_shards: int) -> Iterator[World]:
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
 
         async def opened() -> World:
-            databases = [new_postgres() for _ in range(3)]
+            databases = [new_postgres() for _ in range(n_shards)]
             urls = [database.url for database in databases]
             store = await stack.enter_async_context(open_feature_store(urls))
             owners = await stack.enter_async_context(open_feature_store([database.owner_url for database in databases]))
@@ -204,6 +204,7 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
             if retire_before is not None:
                 world.run(world.retire(retire_before))
 
+        @precondition(lambda self: len(world.store.shards) > 1)
         @rule(commits=st.lists(st.booleans(), min_size=3, max_size=3))
         def add_a_shard(self, commits: list[bool]) -> None:
             world.run(self._past_writers(world.add_a_shard(), commits))
@@ -257,7 +258,7 @@ def run_histories(world: World, n: int) -> None:
 
 @pytest.mark.parametrize("n", [EXAMPLES, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
 def test_a_snapshot_is_its_definition_over_any_history_and_never_changes(new_postgres: Callable[[], Any], tmp_path: Path, n: int) -> None:
-    with a_world(new_postgres, tmp_path, KnownRows) as world:
+    with a_world(new_postgres, tmp_path, KnownRows, n_shards=2) as world:
         run_histories(world, n)
 
         print(f"{world.histories} histories, {world.taken} snapshots, {world.retired} rows retired, {world.moved} moved")  # noqa: T201 the number run is part of the claim
@@ -279,10 +280,12 @@ class CountingCopies(KnownRows):
         return super()._counts(sealed) if sealed else "true"
 
 
-@pytest.mark.parametrize("leaking", [WithoutCreatedAt, WithoutTieBreak, CountingCopies])
-def test_the_same_histories_find_a_snapshot_that_leaks(new_postgres: Callable[[], Any], tmp_path: Path, leaking: type[KnownRows]) -> None:
+@pytest.mark.parametrize(("leaking", "n_shards"), [(WithoutCreatedAt, 1), (WithoutTieBreak, 1), (CountingCopies, 2)])
+def test_the_same_histories_find_a_snapshot_that_leaks(
+    new_postgres: Callable[[], Any], tmp_path: Path, leaking: type[KnownRows], n_shards: int
+) -> None:
     with (
-        a_world(new_postgres, tmp_path, leaking) as world,
+        a_world(new_postgres, tmp_path, leaking, n_shards) as world,
         pytest.raises((AssertionError, FlakyFailure)),
     ):  # which of tied rows is found may vary
         run_histories(world, 1_000)

@@ -55,6 +55,7 @@ class EventReceived(Event):
     event_time: AwareDatetime = Field(description="When it was true, never arrival time; not later than now + 5 minutes")
     values: dict[str, FeatureValue] = Field(description="The full vector; an absent feature is missing")
     reported_at: AwareDatetime | None = Field(default=None, description="When its source knew it; by default when the mesh did")
+    vectors: dict[str, list[StrictFloat | StrictInt]] = Field(default={}, description="By feature of type `vector(n)`")
 
 
 class RowKey(Frozen):

@@ -21,6 +21,13 @@ from mojomesh_store.shards import FeatureStore, Shard, ShardRouter
 CHUNK = 10_000  # entities told to the server at once
 
 
+TABLES = {
+    "feature_rows": 'feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values"',
+    "embeddings": "feature, entity_id, event_time, created_at, seq, event_id, embedding",
+}
+"""What holds rows of entities, with its columns in their order."""
+
+
 class Rebalanced(NamedTuple):
     """What was done."""
 
@@ -153,9 +160,11 @@ async def _copy(source: Shard, target: Shard, router: ShardRouter, after: dateti
                 if before.place(entity_id) == source.number and router.place(entity_id) == target.number:
                     moving.append(entity_id)
             await reading.execute("INSERT INTO store.moved SELECT unnest($1::text[]), $2 ON CONFLICT DO NOTHING", moving, router.n_shards)
-        query = f"SELECT * FROM store.feature_rows JOIN store.moved USING (entity_id) WHERE n_shards = $3 AND {created}"
-        columns = 'feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values"'
-        await _pipe(reading, writing, query.replace("*", columns, 1), (after, until, router.n_shards), "feature_rows")
+        for made in await reading.fetch("SELECT feature, dimensions, operators FROM store.embedded"):
+            await writing.execute("SELECT store.add_embeddings($1, $2, $3)", *made)
+        for table, columns in TABLES.items():
+            query = f"SELECT {columns} FROM store.{table} JOIN store.moved USING (entity_id) WHERE n_shards = $3 AND {created}"
+            await _pipe(reading, writing, query, (after, until, router.n_shards), table)
         gone = "SELECT feature_set, event_time, event_id, forgotten FROM store.retired_events"
         await _pipe(reading, writing, gone, (), "retired_events")
         retired = await reading.fetch("SELECT feature_set, before, announced_at FROM store.retired")
@@ -183,22 +192,23 @@ async def _pipe(reading: Any, writing: Any, query: str, arguments: tuple[Any, ..
 
 
 async def _verify(sources: Sequence[Shard], target: Shard) -> int:
-    """Compare rows, by their number and a sum over all they hold, with their copies; their number."""
-    told = "count(*), coalesce(sum(hashtextextended(stored::text, 0)::numeric), 0) FROM store.feature_rows AS stored"
-    n_rows, digest = 0, 0
-    for source in sources:
-        async with source.begin() as db:
-            await db.execute(text("SET LOCAL timezone = 'UTC'"))
-            n, part = (
-                await db.execute(text(f"SELECT {told} JOIN store.moved USING (entity_id) WHERE n_shards = :n"), {"n": target.number + 1})
-            ).one()
-        n_rows, digest = n_rows + n, digest + part
-    async with target.begin() as db:
-        await db.execute(text("SET LOCAL timezone = 'UTC'"))
-        copied = tuple((await db.execute(text(f"SELECT {told}"))).one())
-    if copied != (n_rows, digest):
-        raise Conflict(f"shard {target.number} holds {copied[0]} rows, copied of {n_rows}, or other ones; empty it and begin again")
-    return n_rows
+    """Compare what was copied, by its number and a sum over all it holds, with the copies; the number of feature rows."""
+    told = "count(*), coalesce(sum(hashtextextended(stored::text, 0)::numeric), 0) FROM store.{} AS stored"
+    moved = "JOIN store.moved USING (entity_id) WHERE n_shards = :n"
+    numbers = {}
+    for table in TABLES:
+        parts = [await _asked(source, f"{told.format(table)} {moved}", n=target.number + 1) for source in sources]
+        copied = await _asked(target, told.format(table))
+        if copied != tuple(map(sum, zip(*parts, strict=True))):
+            raise Conflict(f"shard {target.number} has {copied[0]} {table}, copied of {parts}, or other ones; empty it and begin again")
+        numbers[table] = int(copied[0])
+    return numbers["feature_rows"]
+
+
+async def _asked(shard: Shard, what: str, **parameters: int) -> tuple[Any, ...]:
+    async with shard.begin() as db:
+        await db.execute(text("SET LOCAL timezone = 'UTC'"))  # texts of times are compared
+        return tuple((await db.execute(text(f"SELECT {what}"), parameters)).one())
 
 
 async def _clean(shard: Shard) -> tuple[int, int]:
@@ -213,9 +223,9 @@ async def _clean(shard: Shard) -> tuple[int, int]:
             """)
         )
         n_gone = len(gone.all())
-        await db.execute(
-            text("DELETE FROM store.moved WHERE NOT EXISTS (SELECT FROM store.feature_rows AS row WHERE row.entity_id = moved.entity_id)")
-        )
+        none = "NOT EXISTS (SELECT FROM store.feature_rows AS row WHERE row.entity_id = moved.entity_id)"
+        await db.execute(text(f"DELETE FROM store.embeddings USING store.moved WHERE embeddings.entity_id = moved.entity_id AND {none}"))
+        await db.execute(text(f"DELETE FROM store.moved WHERE {none}"))
         left = await db.execute(text("SELECT count(*) FROM store.feature_rows JOIN store.moved USING (entity_id)"))
     return n_gone, int(left.scalar_one())
 

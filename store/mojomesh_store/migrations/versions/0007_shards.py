@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "0006"
-down_revision = "0005"
+revision = "0007"
+down_revision = "0006"
 
 STATEMENTS = (
     # n_shards: null means as many as are configured. next_n_shards: writers place by this one already, while a shard is being filled.

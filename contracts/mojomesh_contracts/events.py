@@ -199,6 +199,26 @@ class TrafficSet(Event):
     challengers: list[Challenger] = Field(description="All of them; every other bucket is the champion's")
 
 
+class LeftOut(Frozen):
+    """A version that a scorer does not let score beside the champion."""
+
+    version: int
+    reason: str
+
+
+class TrafficFollowed(Event):
+    """What one scorer replica made of a setting of the traffic. Produced by scorer; read by registry."""
+
+    topic: ClassVar[Topic] = Topic("traffic.followed.v1", partitions=3)
+    keyed_by: ClassVar[str] = "model"
+
+    model: str
+    setting: int = Field(description="Of `TrafficSet`")
+    replica: str
+    followed_at: AwareDatetime
+    left_out: list[LeftOut] = Field(description="The entities of these versions stay with the champion")
+
+
 class SwapPhase(Frozen):
     """One step of a swap and how long it took."""
 
@@ -372,6 +392,7 @@ EVENTS: tuple[type[Event], ...] = (
     ScoreRequested,
     PredictionsMade,
     ShadowCompared,
+    TrafficFollowed,
     DriftDetected,
     QualityBreached,
 )

@@ -275,17 +275,10 @@ class WithoutTieBreak(KnownRows):
         return ""
 
 
-class CountingCopies(KnownRows):
-    def _counts(self, sealed: datetime | None) -> str:
-        return super()._counts(sealed) if sealed else "true"
-
-
-@pytest.mark.parametrize(("leaking", "n_shards"), [(WithoutCreatedAt, 1), (WithoutTieBreak, 1), (CountingCopies, 2)])
-def test_the_same_histories_find_a_snapshot_that_leaks(
-    new_postgres: Callable[[], Any], tmp_path: Path, leaking: type[KnownRows], n_shards: int
-) -> None:
+@pytest.mark.parametrize("leaking", [WithoutCreatedAt, WithoutTieBreak])
+def test_the_same_histories_find_a_snapshot_that_leaks(new_postgres: Callable[[], Any], tmp_path: Path, leaking: type[KnownRows]) -> None:
     with (
-        a_world(new_postgres, tmp_path, leaking, n_shards) as world,
+        a_world(new_postgres, tmp_path, leaking, n_shards=1) as world,
         pytest.raises((AssertionError, FlakyFailure)),
     ):  # which of tied rows is found may vary
         run_histories(world, 1_000)

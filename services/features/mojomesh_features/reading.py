@@ -8,6 +8,7 @@ from typing import TypeVar
 from mojomesh_chassis.database import Database
 from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.retiring import Retired
+from mojomesh_features.windows import WindowReader
 from mojomesh_store import rows
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore
@@ -25,6 +26,7 @@ class FeatureReader:
         self._feature_store = feature_store
         self._online = online
         self._retired = retired
+        self._aggregates = WindowReader(feature_store, retired)
         self._windows: Coalescer[Entity, Window] = Coalescer(self.windows)
         self._older: Coalescer[AsOf, OnlineRow | None] = Coalescer(self._stored_now)
 
@@ -57,7 +59,7 @@ class FeatureReader:
 
     async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]]) -> list[Vector | None]:
         """A model's vector of each entity_id at its event time (microseconds since 1970); None where the spine has no row."""
-        found = await vectors(plan, asked, self.at)
+        found = await vectors(plan, asked, self.at, self._aggregates.at)
         return [found[place] for place in range(len(asked))]
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window]:

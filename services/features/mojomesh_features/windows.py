@@ -1,0 +1,78 @@
+"""Windowed aggregates as of an event time, from the events that PostgreSQL has now."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mojomesh_contracts.events import FeatureValue
+from mojomesh_features.aggregating import Facts, Values, aggregated
+from mojomesh_features.retiring import Retired
+from mojomesh_store.facts import Fact, Span, facts_of
+from mojomesh_store.online import microseconds, moment
+from mojomesh_store.shards import FeatureStore
+from mojomesh_store.vectors import WindowAsked
+
+_OfOneKey = tuple[str, tuple[str | None, ...]]
+"""A feature set, and what its facts are found by."""
+
+
+class WindowReader:
+    """The facts of a key are wherever their entities are, so every shard is asked."""
+
+    def __init__(self, feature_store: FeatureStore, retired: Retired) -> None:
+        self._feature_store = feature_store
+        self._retired = retired
+
+    async def at(self, asked: Sequence[WindowAsked]) -> dict[WindowAsked, FeatureValue]:
+        """The aggregates, as known now.
+
+        Raises:
+            Gone: Events in a window have left PostgreSQL.
+        """
+        alike: dict[_OfOneKey, list[WindowAsked]] = defaultdict(list)
+        for window in asked:
+            aggregate, _, at_us = window
+            self._retired.check(aggregate.feature_set, at_us - aggregate.window_us)
+            alike[aggregate.feature_set, aggregate.theirs].append(window)
+        answers: dict[WindowAsked, FeatureValue] = {}
+        for (feature_set, by), windows in alike.items():
+            answers |= await self._read(feature_set, by, windows)
+        return answers
+
+    async def _read(self, feature_set: str, by: Sequence[str | None], asked: Sequence[WindowAsked]) -> dict[WindowAsked, FeatureValue]:
+        longest: dict[tuple[tuple[str, ...], int], int] = {}
+        for aggregate, key, at_us in asked:
+            longest[key, at_us] = max(aggregate.window_us, longest.get((key, at_us), 0))
+        kinds = {aggregate.feature: aggregate.kind for aggregate, _, _ in asked if aggregate.feature is not None}
+        spans = [Span(key, moment(at_us - window_us), moment(at_us)) for (key, at_us), window_us in longest.items()]
+        found: list[Fact] = []
+        for shard in self._feature_store.shards:
+            async with shard.begin() as db:
+                found += await facts_of(db, feature_set, by, list(kinds), spans)
+        return await asyncio.to_thread(_aggregated, asked, list(longest), _facts(found, kinds))
+
+
+def _facts(found: list[Fact], kinds: Mapping[str, str | None]) -> Facts:
+    """As columns; the number of its span is a fact's key."""
+    found.sort(key=lambda fact: (fact.n, fact.event_time, fact.entity_id))
+    columns: dict[str, Values] = {
+        name: np.array([fact.values[place] for fact in found], dtype=object if kind == "category" else np.float64)
+        for place, (name, kind) in enumerate(kinds.items())
+    }
+    times = np.array([microseconds(fact.event_time) for fact in found], dtype=np.int64)
+    return Facts(np.array([fact.n for fact in found], dtype=np.int64), times, columns)
+
+
+def _aggregated(asked: Sequence[WindowAsked], spans: list[tuple[tuple[str, ...], int]], facts: Facts) -> dict[WindowAsked, FeatureValue]:
+    numbers = {span: n for n, span in enumerate(spans)}
+    together: dict[object, list[WindowAsked]] = defaultdict(list)
+    for window in asked:
+        together[window[0]].append(window)
+    answers: dict[WindowAsked, FeatureValue] = {}
+    for windows in together.values():
+        keys = np.array([numbers[key, at_us] for _, key, at_us in windows], dtype=np.int64)
+        times = np.array([at_us for _, _, at_us in windows], dtype=np.int64)
+        answers |= zip(windows, aggregated(windows[0][0], facts, keys, times), strict=True)
+    return answers

@@ -1,7 +1,7 @@
 """What a model's vector is made of: which rows, joined how, under which column names. Online and offline follow the same plan."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from mojomesh_chassis.definitions import Definitions
@@ -132,33 +132,33 @@ def _source(model: Model, spine: FeatureSet, source: FeatureSource, definitions:
             raise UnusableDefinition(
                 f"model '{model.name}' joins '{source.feature_set}' by '{source.join}', a {joined_by.type}; entity ids are categories"
             )
-    names = source.columns or feature_set.names
-    if unknown := [name for name in names if name not in feature_set.names]:
-        raise UnusableDefinition(
-            f"model '{model.name}' names '{unknown[0]}' of '{feature_set.name}', which has {', '.join(feature_set.names)}"
-        )
-    formulas = {name: feature_set.formulas[name] for name in names if name in feature_set.formulas}
-    needed = dict.fromkeys([*names, *(name for formula in formulas.values() for name in formula.names)])
-    if (
-        wrong := list(problems_of_aggregates(feature_set, definitions.feature_sets))
-        if needed.keys() & feature_set.aggregates.keys()
-        else []
-    ):
-        raise UnusableDefinition("; ".join(wrong))
-    return Source(
-        source.feature_set,
-        source.join,
-        None if source.max_age is None else source.max_age // _MICROSECOND,
-        tuple(_column(model, feature_set, name, definitions) for name in names),
-        tuple(_windowed(feature_set, name, definitions) for name in needed if name in feature_set.aggregates),
-        tuple(formulas.items()),
-    )
+    columns = tuple(_column(model, feature_set, name, definitions) for name in source.columns or feature_set.names)
+    max_age_us = None if source.max_age is None else source.max_age // _MICROSECOND
+    planned = Source(source.feature_set, source.join, max_age_us, columns)
+    return _with_derived(planned, feature_set, definitions) if feature_set.aggregates or feature_set.computed else planned
 
 
 def _column(model: Model, feature_set: FeatureSet, name: str, definitions: Definitions) -> Column:
-    kind = kind_of(feature_set, name, definitions.feature_sets)
-    assert kind is not None  # what could make it so was refused
+    feature = feature_set.features.get(name)
+    kind = feature.type if feature else kind_of(feature_set, name, definitions.feature_sets)
+    if kind is None:
+        raise UnusableDefinition(
+            f"model '{model.name}' names '{name}' of '{feature_set.name}', which has {', '.join(feature_set.names)}"
+            + "".join(f"; {problem}" for problem in problems_of_aggregates(feature_set, definitions.feature_sets))
+        )
     return Column(name=column_name(model, feature_set.name, name), feature_set=feature_set.name, feature=name, type=kind)
+
+
+def _with_derived(source: Source, feature_set: FeatureSet, definitions: Definitions) -> Source:
+    names = [column.feature for column in source.columns]
+    formulas = {name: feature_set.formulas[name] for name in names if name in feature_set.formulas}
+    needed = dict.fromkeys([*names, *(name for formula in formulas.values() for name in formula.names)])
+    aggregates = [name for name in needed if name in feature_set.aggregates]
+    if aggregates and (problems := list(problems_of_aggregates(feature_set, definitions.feature_sets))):
+        raise UnusableDefinition("; ".join(problems))
+    return replace(
+        source, aggregates=tuple(_windowed(feature_set, name, definitions) for name in aggregates), formulas=tuple(formulas.items())
+    )
 
 
 def _windowed(feature_set: FeatureSet, name: str, definitions: Definitions) -> Windowed:

@@ -41,9 +41,10 @@ def aggregated(window: Windowed, facts: Facts, keys: Integers, at_us: Integers) 
         return _missing_keys(keys, _values_of(window, facts, firsts, lasts))
     found: list[FeatureValue] = []
     for begin, end in _blocks(lasts - firsts):
-        places, ends = _visible(facts.known_us, firsts[begin:end], lasts[begin:end], at_us[begin:end])
+        places, counts = _visible(facts.known_us, firsts[begin:end], lasts[begin:end], at_us[begin:end])
         seen = Facts(facts.keys, facts.event_us, {name: values[places] for name, values in facts.features.items()})
-        found += _values_of(window, seen, np.concatenate([[0], ends[:-1]]), ends)
+        ends = np.cumsum(counts)
+        found += _values_of(window, seen, ends - counts, ends)
     return _missing_keys(keys, found)
 
 
@@ -68,12 +69,12 @@ def _blocks(sizes: Integers) -> list[tuple[int, int]]:
 
 
 def _visible(known_us: tuple[Integers, Integers], firsts: Integers, lasts: Integers, at_us: Integers) -> tuple[Integers, Integers]:
-    """The facts that each row knows, one row after the other, and where among them each row ends."""
+    """The facts that each row knows, one row after the other, and how many it knows."""
     sizes = lasts - firsts
     rows = np.repeat(np.arange(len(sizes)), sizes)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(firsts, sizes)
     seen = (known_us[0][places] <= at_us[rows]) & (at_us[rows] < known_us[1][places])
-    return places[seen], np.cumsum(np.bincount(rows[seen], minlength=len(sizes)))
+    return places[seen], np.bincount(rows[seen], minlength=len(sizes))
 
 
 def _values_of(window: Windowed, facts: Facts, firsts: Integers, lasts: Integers) -> list[FeatureValue]:

@@ -2,50 +2,83 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
-from uuid import uuid4
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from duckdb.func import FunctionNullHandling
-from duckdb.sqltypes import DuckDBPyType
 
 from mojomesh_contracts.bundles import Column
-from mojomesh_contracts.events import FeatureValue
-from mojomesh_contracts.formulas import Formula
 from mojomesh_features.aggregating import Facts, Integers, Values, aggregated
 from mojomesh_features.joining import ASKED_US, input_column
 from mojomesh_features.known import feature_column
-from mojomesh_features.segments import DUCKDB_TYPES
 from mojomesh_store.online import moment
 from mojomesh_store.vectors import Plan, Source, Windowed
 
 _ARROW_TYPES = {"number": pa.float64(), "category": pa.string(), "boolean": pa.bool_()}
+_BATCH = 65_536
 
 
 def with_derived(db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], rows: str, kept: Sequence[str]) -> str:
     """The query of `rows` in their order with what is derived from them: the columns `kept`, then those of the plan in its order."""
     db.execute(f"CREATE OR REPLACE TEMP TABLE joined AS {rows}")
-    columns: dict[str, pa.Array] = {}
+    derived: dict[str, pa.Array] = {}
+    values = list(kept)
     for n, source in enumerate(plan.sources):
-        alike: dict[object, list[Windowed]] = defaultdict(list)
-        for aggregate in source.aggregates:
-            alike[aggregate.feature_set, aggregate.theirs, aggregate.ours].append(aggregate)
-        for aggregates in alike.values():
-            columns |= _aggregates(db, plan, views, n, aggregates)
+        columns = _aggregated(db, plan, views, n, source)
+        columns |= _computed(db, n, source, columns)
+        derived |= {_derived(n, name): column for name, column in columns.items()}
+        values += [_value(n, column, columns) for column in source.columns]
     ((n_rows,),) = db.execute("SELECT count(*) FROM joined").fetchall()
-    db.register("aggregated", pa.table({"joined row": np.arange(n_rows), **columns}))
-    values = (_value(db, n, source, column) for n, source in enumerate(plan.sources) for column in source.columns)
+    db.register("derived", pa.table({"joined row": np.arange(n_rows), **derived}))
     return f"""
-        SELECT {", ".join([*kept, *values])} FROM joined JOIN aggregated ON joined.rowid = aggregated."joined row" ORDER BY joined.rowid
+        SELECT {", ".join(values)} FROM joined JOIN derived ON joined.rowid = derived."joined row" ORDER BY joined.rowid
     """
+
+
+def _derived(n: int, name: str) -> str:
+    return f"source {n} derived {name}"
+
+
+def _value(n: int, column: Column, derived: Mapping[str, pa.Array]) -> str:
+    if column.feature not in derived:
+        return f'"{column.name}"'
+    value = f'"{_derived(n, column.feature)}"'
+    return f'{f"CAST({value} AS INTEGER)" if column.type == "boolean" else value} AS "{column.name}"'
+
+
+def _computed(db: duckdb.DuckDBPyConnection, n: int, source: Source, aggregated: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+    """The formulas of a source for each row, missing where it has no row."""
+    stored = [name for name in source.inputs if name not in aggregated]
+    columns = [ASKED_US, input_column(n, None), *(input_column(n, name) for name in stored)]
+    found: dict[str, list[pa.Array]] = {name: [] for name, _ in source.formulas}
+    begin = 0
+    for batch in db.sql(f"SELECT {', '.join(columns)} FROM joined ORDER BY rowid").to_arrow_reader(_BATCH) if found else ():
+        asked_us, entity_ids, *values = (column.to_pylist() for column in batch.columns)
+        inputs = dict(zip(stored, values, strict=True))
+        inputs |= {name: column.slice(begin, len(batch)).to_pylist() for name, column in aggregated.items()}
+        begin += len(batch)
+        rows = [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)] or [{}] * len(batch)
+        for name, formula in source.formulas:
+            answers = (
+                None if entity_id is None else formula(row, moment(us))
+                for us, entity_id, row in zip(asked_us, entity_ids, rows, strict=True)
+            )
+            found[name].append(pa.array(answers, _ARROW_TYPES[formula.kind]))
+    return {name: pa.chunked_array(found[name], _ARROW_TYPES[formula.kind]) for name, formula in source.formulas}
+
+
+def _aggregated(db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, source: Source) -> dict[str, pa.Array]:
+    """The aggregates of a source for each row; those over the same facts by the same key together."""
+    alike: dict[object, list[Windowed]] = defaultdict(list)
+    for aggregate in source.aggregates:
+        alike[aggregate.feature_set, aggregate.theirs, aggregate.ours].append(aggregate)
+    return {name: column for some in alike.values() for name, column in _aggregates(db, plan, views, n, some).items()}
 
 
 def _aggregates(
     db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, aggregates: Sequence[Windowed]
 ) -> dict[str, pa.Array]:
-    """Aggregates of one source over the same facts by the same key, by the name of their column."""
+    """Aggregates of one source over the same facts by the same key, by name."""
     first = aggregates[0]
     names = [f"key_{place}" for place in range(len(first.ours))]
     ours = [input_column(n, name) for name in first.ours]
@@ -62,10 +95,7 @@ def _aggregates(
     """).fetchnumpy()
     keys, at_us = (asked[name].astype(np.int64) for name in ("key", "us"))
     facts = _facts(db, plan, views[first.feature_set], _list(theirs, names, "{} = {}", " AND "), aggregates)
-    return {
-        _column_name(n, aggregate): pa.array(aggregated(aggregate, facts, keys, at_us), _ARROW_TYPES[aggregate.gives])
-        for aggregate in aggregates
-    }
+    return {aggregate.name: pa.array(aggregated(aggregate, facts, keys, at_us), _ARROW_TYPES[aggregate.gives]) for aggregate in aggregates}
 
 
 def _facts(db: duckdb.DuckDBPyConnection, plan: Plan, view: str, same_key: str, aggregates: Sequence[Windowed]) -> Facts:
@@ -88,41 +118,6 @@ def _facts(db: duckdb.DuckDBPyConnection, plan: Plan, view: str, same_key: str, 
     key, event_us, reported_us, until_us, *values = found.columns
     known_us = (_integers(reported_us), _integers(until_us)) if by_row else None
     return Facts(_integers(key), _integers(event_us), dict(zip(kinds, map(_values, values), strict=True)), known_us)
-
-
-def _value(db: duckdb.DuckDBPyConnection, n: int, source: Source, column: Column) -> str:
-    """A column's expression over `joined` and `aggregated`."""
-    aggregates = {aggregate.name: aggregate for aggregate in source.aggregates}
-    formula = dict(source.formulas).get(column.feature)
-    if formula is not None:
-        inputs = [f'"{_column_name(n, aggregates[name])}"' if name in aggregates else input_column(n, name) for name in formula.names]
-        row = ", ".join(f"_{place} := {value}" for place, value in enumerate([ASKED_US, *inputs]))
-        function = _function(db, formula)
-        value = f"CASE WHEN {input_column(n, None)} IS NOT NULL THEN {function}(struct_pack({row})) END"
-    elif column.feature in aggregates:
-        value = f'"{_column_name(n, aggregates[column.feature])}"'
-    else:
-        return f'"{column.name}"'
-    return f'{f"CAST({value} AS INTEGER)" if column.type == "boolean" else value} AS "{column.name}"'
-
-
-def _function(db: duckdb.DuckDBPyConnection, formula: Formula) -> str:
-    """Make `formula` a function of one struct: the asked time and the features it uses."""
-
-    def evaluate(row: dict[str, Any]) -> FeatureValue:
-        asked_us, *values = row.values()
-        return formula(dict(zip(formula.names, values, strict=True)), moment(asked_us))
-
-    types = ["BIGINT", *(DUCKDB_TYPES[kind] for kind in formula.names.values())]
-    row = DuckDBPyType(f"STRUCT({', '.join(f'_{place} {kind}' for place, kind in enumerate(types))})")
-    gives = DuckDBPyType(DUCKDB_TYPES[formula.kind])
-    name = f"computed_{uuid4().hex}"
-    db.create_function(name, evaluate, [row], gives, null_handling=FunctionNullHandling.SPECIAL)
-    return name
-
-
-def _column_name(n: int, aggregate: Windowed) -> str:
-    return f"source {n} aggregate {aggregate.name}"
 
 
 def _list(first: Sequence[str], second: Sequence[str], form: str, between: str = ", ") -> str:

@@ -26,7 +26,7 @@ class FeatureReader:
         self._feature_store = feature_store
         self._online = online
         self._retired = retired
-        self._aggregates = WindowReader(feature_store, retired)
+        self.aggregates = WindowReader(feature_store, retired)
         self._windows: Coalescer[Entity, Window] = Coalescer(self.windows)
         self._older: Coalescer[AsOf, OnlineRow | None] = Coalescer(self._stored_now)
 
@@ -59,7 +59,7 @@ class FeatureReader:
 
     async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]]) -> list[Vector | None]:
         """A model's vector of each entity_id at its event time (microseconds since 1970); None where the spine has no row."""
-        found = await vectors(plan, asked, self.at, self._aggregates.at)
+        found = await vectors(plan, asked, self.at, self.aggregates.at)
         return [found[place] for place in range(len(asked))]
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window]:

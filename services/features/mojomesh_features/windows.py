@@ -47,11 +47,16 @@ class WindowReader:
             longest[key, at_us] = max(aggregate.window_us, longest.get((key, at_us), 0))
         kinds = {aggregate.feature: aggregate.kind for aggregate, _, _ in asked if aggregate.feature is not None}
         spans = [Span(key, moment(at_us - window_us), moment(at_us)) for (key, at_us), window_us in longest.items()]
+        found = await self.found(feature_set, by, list(kinds), spans)
+        return await asyncio.to_thread(_aggregated, asked, list(longest), _facts(found, kinds))
+
+    async def found(self, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]) -> list[Fact]:
+        """The events of all shards in each span, in no order."""
         found: list[Fact] = []
         for shard in self._feature_store.shards:
             async with shard.begin() as db:
-                found += await facts_of(db, feature_set, by, list(kinds), spans)
-        return await asyncio.to_thread(_aggregated, asked, list(longest), _facts(found, kinds))
+                found += await facts_of(db, feature_set, by, features, spans)
+        return found
 
 
 def _facts(found: list[Fact], kinds: Mapping[str, str | None]) -> Facts:

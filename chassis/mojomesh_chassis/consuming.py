@@ -57,6 +57,7 @@ class Subscription:
     handler: Handler
     batch: int
     broadcast: bool
+    apart: bool = False
 
     @property
     def group(self) -> str | None:
@@ -71,20 +72,24 @@ class MeshRouter:
         self.service = service
         self.subscriptions: list[Subscription] = []
 
-    def work(self, event: type[AnyEvent], *, batch: int = 1) -> Callable[[Handler], Handler]:
+    def work(self, event: type[AnyEvent], *, batch: int = 1, apart: bool = False) -> Callable[[Handler], Handler]:
         """Subscribe as one of the service's replicas: each record is handled by one of them, at least once.
 
         The handler gets a list of at most `batch` events, in order within a key, and returns the events that follow.
+
+        Args:
+            apart: A list is of one partition, and partitions do not wait for each other: while one is handled, or has to wait, it is
+                paused and the others go on.
         """
-        return self._subscribe(event, batch, broadcast=False)
+        return self._subscribe(event, batch, broadcast=False, apart=apart)
 
     def broadcast(self, event: type[AnyEvent], *, batch: int = 100) -> Callable[[Handler], Handler]:
         """Subscribe as every replica: each reads the topic from its beginning, and work starts when it has caught up."""
         return self._subscribe(event, batch, broadcast=True)
 
-    def _subscribe(self, event: type[Event], batch: int, broadcast: bool) -> Callable[[Handler], Handler]:
+    def _subscribe(self, event: type[Event], batch: int, broadcast: bool, apart: bool = False) -> Callable[[Handler], Handler]:
         def subscribe(handler: Handler) -> Handler:
-            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast))
+            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast, apart))
             return handler
 
         return subscribe
@@ -101,6 +106,8 @@ class Consumer:
     _outages: int = 0  # in a row
     _bugs: int = 0  # in a row, whatever outages were between
     _handled: dict[TopicPartition, int] = field(default_factory=dict)
+    _apart: "dict[TopicPartition, Consumer]" = field(default_factory=dict)
+    _under_way: set["asyncio.Task[None]"] = field(default_factory=set)
 
     async def consume(self, records: Sequence[ConsumerRecord]) -> None:
         """Handle records, publish what follows, commit; or leave the offsets where they are and read again later."""
@@ -127,6 +134,50 @@ class Consumer:
                 self._outages = self._bugs = 0
                 self._fault("after_publish")
                 await self._commit(records)
+
+    def consume_apart(self, records: Sequence[ConsumerRecord]) -> None:
+        """Begin to handle the records of each partition for itself; it is paused until they are, so one batch of it is in memory."""
+        for partition in {TopicPartition(record.topic, record.partition): None for record in records}:
+            self._set_paused(partition, True)
+            part = [record for record in records if record.partition == partition.partition]
+            task = asyncio.create_task(self._consume_part(partition, part))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+    async def let_go(self) -> None:
+        """Give up what is under way apart; its offsets are not committed, so it is read again."""
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _consume_part(self, partition: TopicPartition, records: Sequence[ConsumerRecord]) -> None:
+        of_one = self._apart.setdefault(partition, Consumer(self.subscription, self.publisher, self.resources))
+        of_one.kafka = self.kafka
+        await of_one.consume(records)
+        self._set_paused(partition, False)
+
+    def _set_paused(self, partition: TopicPartition, paused: bool) -> None:
+        assert self.kafka is not None
+        if partition in self.kafka.assignment():  # else its new owner reads it
+            (self.kafka.pause if paused else self.kafka.resume)(partition)
+
+    async def left(self) -> dict[int, tuple[int, int]]:
+        """By partition, how many records the group has handled, whichever members did, and how many there are; both from offset 0.
+
+        Raises:
+            TransientError: Kafka does not say.
+        """
+        topic = self.subscription.event.topic
+        partitions = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
+        while (kafka := self.kafka) is None:
+            await asyncio.sleep(0.01)
+        try:
+            ends = await kafka.end_offsets(partitions)
+            handled = await asyncio.gather(*(kafka.committed(partition) for partition, end in ends.items() if end))
+        except KafkaError as error:
+            raise TransientError(f"Kafka does not say how much of {topic.name} is handled: {error!r}") from error
+        begun = [partition for partition, end in ends.items() if end]
+        return {partition.partition: (done or 0, ends[partition]) for partition, done in zip(begun, handled, strict=True)}
 
     async def caught_up(self) -> None:
         """Wait until everything that is in the topic now has been handled.
@@ -263,27 +314,34 @@ async def consuming(
         broadcasts = [consumer for consumer in consumers if consumer.subscription.broadcast]
         for consumer in broadcasts:
             await _start(broker, consumer, settings, slot)
-        for consumer in broadcasts:
+        for consumer in consumers:
             for resource in resources.values():
-                if isinstance(resource, CatchesUp) and resource.event is consumer.subscription.event:
+                if isinstance(resource, Follower) and resource.event is consumer.subscription.event:
                     resource.follow(consumer)
+        for consumer in broadcasts:
             await consumer.caught_up()
         await asyncio.gather(*(_start(broker, consumer, settings, slot) for consumer in consumers if not consumer.subscription.broadcast))
         health.add("kafka", publisher.ping)
         yield
     finally:
+        for consumer in consumers:
+            await consumer.let_go()
         await broker.stop()
 
 
-class CatchesUp:
-    """A resource filled by a broadcast topic; `await caught_up()` makes it know all that is in the topic at the call."""
+class Follower:
+    """A resource that needs to know how far the service is with a topic that it consumes."""
 
     event: type[Event]
     _followed: Consumer | None = None
 
     def follow(self, consumer: Consumer) -> None:
-        """Called by `consuming` with what fills this resource."""
+        """Called by `consuming` with the consumer of the topic."""
         self._followed = consumer
+
+
+class CatchesUp(Follower):
+    """A resource filled by a broadcast topic; `await caught_up()` makes it know all that is in the topic at the call."""
 
     async def caught_up(self) -> None:
         """Wait until everything that is in the topic now is known here."""
@@ -320,7 +378,10 @@ async def _start(broker: KafkaBroker, consumer: Consumer, settings: MeshSettings
 
     async def consume(records: Sequence[ConsumerRecord]) -> None:
         consumer.kafka = subscriber.consumer
-        await consumer.consume(records)
+        if subscription.apart:
+            consumer.consume_apart(records)
+        else:
+            await consumer.consume(records)
 
     subscriber(consume)
     await subscriber.start()

@@ -118,6 +118,56 @@ class Aggregate(Definition):
         return self.of.partition(".")[2] or None
 
 
+class Expectation(Definition):
+    """What values of a feature should be. Unlike the feature's own min and max, a value beyond is a fact: it is kept, and told."""
+
+    min: float | None = None
+    max: float | None = None
+    one_of: list[str] | None = Field(default=None, min_length=1, description="The categories there are")
+    missing: float | None = Field(default=None, ge=0, lt=1, description="Greatest share of a window's rows that may lack a value")
+    otherwise: Literal["report", "hold"] = Field(
+        default="report", description="What becomes of a row whose value is out of range or not among the categories: kept, or held back"
+    )
+
+    def problem(self, value: FeatureValue) -> str | None:
+        """Why `value` is not as expected, in words; None if it is, or is missing."""
+        if self.one_of is not None and isinstance(value, str) and value not in self.one_of:
+            return f"is {value!r}, expected {', '.join(self.one_of)}"
+        if isinstance(value, int | float):
+            if self.min is not None and value < self.min:
+                return f"is {value!r}, expected at least {self.min:g}"
+            if self.max is not None and value > self.max:
+                return f"is {value!r}, expected at most {self.max:g}"
+        return None
+
+
+class RowCount(Definition):
+    """How many rows a window should bring."""
+
+    min: int = Field(default=0, ge=0)
+    max: int | None = Field(default=None, ge=0)
+
+
+class Quality(Definition):
+    """What is expected of a feature set's events as they flow in; a breach is told once a window, as `quality.breached.v1`."""
+
+    window: Duration = Field(default=timedelta(minutes=1), description="By when the mesh knew the rows; from 1 s to 7 d")
+    features: dict[ColumnName, Expectation] = {}
+    rows: RowCount | None = None
+    freshness: Duration | None = Field(default=None, description="How old the newest event time may be at the end of a window")
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "Quality":
+        if not timedelta(seconds=1) <= self.window <= timedelta(days=7):
+            raise ValueError(f"a window lasts from 1 s to 7 d, not {self.window}")
+        return self
+
+    def problems(self, values: dict[str, FeatureValue]) -> dict[str, str]:
+        """What is not as expected of a row, in words, by feature."""
+        found = ((name, expected.problem(values.get(name))) for name, expected in self.features.items())
+        return {name: problem for name, problem in found if problem}
+
+
 class FeatureSet(Definition):
     """A named, typed schema of facts about one type of entity; changes only add features.
 
@@ -132,6 +182,7 @@ class FeatureSet(Definition):
     computed: dict[ColumnName, str] = Field(
         default={}, description="Formulas over features and aggregates, and `event_time`, the asked one"
     )
+    quality: Quality | None = None
 
     @model_validator(mode="after")
     def _check_derived(self) -> "FeatureSet":
@@ -152,6 +203,18 @@ class FeatureSet(Definition):
         kinds: dict[str, Kind] = {name: feature.type for name, feature in self.features.items()}
         kinds |= {name: "number" for name, aggregate in self.aggregates.items() if aggregate.function != "last"}
         return {name: Formula(text, kinds) for name, text in self.computed.items()}
+
+    @model_validator(mode="after")
+    def _check_quality(self) -> "FeatureSet":
+        for name, expected in self.quality.features.items() if self.quality else ():
+            feature = self.features.get(name)
+            if feature is None:
+                raise ValueError(f"quality expects something of '{name}', which is not a feature")
+            if feature.type != "number" and (expected.min is not None or expected.max is not None):
+                raise ValueError(f"quality: min and max are for numbers, '{name}' is a {feature.type}")
+            if feature.type != "category" and expected.one_of is not None:
+                raise ValueError(f"quality: one_of is for categories, '{name}' is a {feature.type}")
+        return self
 
     def problems(self, values: dict[str, FeatureValue]) -> list[str]:
         """What is wrong with a vector, in words, every fault named; empty when it is in order."""

@@ -18,7 +18,7 @@ Kind = Literal["number", "category", "boolean"]
 ASKED_AT = "event_time"
 """The name under which a formula finds the time of asking."""
 
-MOST_CHARACTERS = 500
+MOST_CHARACTERS, MOST_LEVELS = 500, 100
 
 Evaluate = Callable[[Mapping[str, FeatureValue], datetime], FeatureValue]
 _Part = tuple[str, Evaluate]
@@ -83,6 +83,7 @@ class Formula:
         self.names: dict[str, Kind] = {}
         """The features it uses, in the order of their first mention, with their types."""
         self._kinds = kinds
+        self._level = 0
         if len(text) > MOST_CHARACTERS:
             raise FormulaError(f"a formula has {MOST_CHARACTERS} characters at most")
         try:
@@ -99,6 +100,14 @@ class Formula:
         return value + 0.0 if isinstance(value, float) else value  # no -0.0
 
     def _part(self, node: ast.expr) -> _Part:
+        self._level += 1
+        if self._level > MOST_LEVELS:  # what evaluates it is as deep
+            raise FormulaError(f"it is nested more than {MOST_LEVELS} deep")
+        part = self._part_of(node)
+        self._level -= 1
+        return part
+
+    def _part_of(self, node: ast.expr) -> _Part:
         match node:
             case ast.Constant(value=bool()):
                 raise FormulaError("true and false are compared by themselves, without '=='")
@@ -195,7 +204,7 @@ class Formula:
                 raise FormulaError(f"{name} takes a time zone as in 'America/New_York', not {ast.unparse(zone)}")
             try:
                 place = ZoneInfo(zone.value)
-            except (KeyError, OSError):
+            except (KeyError, ValueError, OSError):
                 raise FormulaError(f"there is no time zone '{zone.value}'") from None
         function = _TIMES[name]
         return "number", lambda values, at: function(at.astimezone(place))

@@ -57,6 +57,12 @@ async def take_turn(db: AsyncSession, feature_set: str) -> bool:
     return bool((await db.execute(lock, {"feature_set": feature_set})).scalar_one())
 
 
+async def wait_turn(db: AsyncSession, feature_set: str) -> None:
+    """Be the one who may seal the feature set, until this transaction ends."""
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('mojomesh.seal/' || :feature_set, 0))")
+    await db.execute(lock, {"feature_set": feature_set})
+
+
 async def sealed_until(db: AsyncSession, feature_set: str) -> datetime | None:
     """created_at up to which every row is sealed; None if none is."""
     found = await db.execute(text("SELECT max(created_until) FROM store.segments WHERE feature_set = :set"), {"set": feature_set})
@@ -95,3 +101,15 @@ async def segments_of(db: AsyncSession, feature_set: str) -> list[Segment]:
     listed = text(f"SELECT {_NAMES} FROM store.segments WHERE feature_set = :set ORDER BY created_until").columns(columns=JSONB)
     found = await db.execute(listed, {"set": feature_set})
     return [Segment(*row) for row in found]
+
+
+async def correct(db: AsyncSession, segment: Segment) -> None:
+    """Say what is in a segment from which an entity was erased; as the owner."""
+    await db.execute(
+        text("""
+            UPDATE store.segments SET n_rows = :n_rows, n_tied = :n_tied, sum_of_seqs = :sum_of_seqs,
+                first_event_time = :first_event_time, last_event_time = :last_event_time
+            WHERE path = :path
+        """),
+        {name: value for name, value in segment._asdict().items() if name not in ("feature_set", "follows", "created_until", "columns")},
+    )

@@ -1,15 +1,24 @@
 """Where feature rows live: one PostgreSQL database, or several with the entities spread over them."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import Protocol, TypeVar
 
+from prometheus_client import Gauge
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from uhashring import HashRing
 
 from mojomesh_chassis.database import Database, open_database
-from mojomesh_chassis.errors import PermanentError
+from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_store import rows
+from mojomesh_store.errors import ShardAway
+
+_UP = Gauge("mojomesh_shard_up", "1 if the shard answered the last look at the service's readiness, else 0", ["shard"])
+
+PING_S = 1.0  # less than what a look at the readiness takes at most
 
 
 class OfEntity(Protocol):
@@ -19,6 +28,7 @@ class OfEntity(Protocol):
     def entity_id(self) -> str: ...
 
 
+Answer = TypeVar("Answer")
 AnyOfEntity = TypeVar("AnyOfEntity", bound=OfEntity)
 
 
@@ -33,22 +43,77 @@ class ShardRouter:
         return 0 if self._ring is None else int(self._ring.get_node(entity_id))
 
 
+class Shard(Database):
+    """The database of a part of the entities."""
+
+    def __init__(self, engine: AsyncEngine, number: int, of: int) -> None:
+        super().__init__(engine)
+        self.number = number
+        self._alone = of == 1
+        self._name = f"shard {number} of {of} ({engine.url.host}:{engine.url.port}/{engine.url.database})"
+
+    @asynccontextmanager
+    async def begin(self, patience_s: float | None = None) -> AsyncIterator[AsyncSession]:
+        """A transaction, as of any database. It may take `patience_s` if there are other shards, which should not have to wait for this.
+
+        Raises:
+            ShardAway: One of several does not answer in time, is not ready for us, or undid the transaction for the sake of another.
+            TransientError: The only one does not.
+        """
+        try:
+            async with asyncio.timeout(None if self._alone else patience_s), super().begin() as db:
+                yield db
+        except (TransientError, TimeoutError) as error:
+            if self._alone:
+                raise
+            raise ShardAway(
+                f"{self._name} is away, and with it the entities it holds, but no others: {str(error) or 'it did not answer in time'}"
+            ) from error
+
+    async def is_up(self) -> bool:
+        """Whether it answers; told as a metric too."""
+        up = False
+        with suppress(TransientError):
+            async with self.begin(PING_S) as db:
+                await db.execute(text("SELECT 1"))
+                up = True
+        _UP.labels(self.number).set(up)
+        return up
+
+
 class FeatureStore:
     """The shards; an entity's rows are all on one."""
 
-    def __init__(self, shards: Sequence[Database]) -> None:
+    def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
         self._router = ShardRouter(len(self.shards))
 
-    def shard_of(self, entity_id: str) -> Database:
+    def shard_of(self, entity_id: str) -> Shard:
         return self.shards[self._router.place(entity_id)]
 
-    def split(self, things: Iterable[AnyOfEntity]) -> list[tuple[Database, list[AnyOfEntity]]]:
+    def split(self, things: Iterable[AnyOfEntity]) -> list[tuple[Shard, list[AnyOfEntity]]]:
         """Things by the shard of their entity, each part in their order."""
         parts: dict[int, list[AnyOfEntity]] = {}
         for thing in things:
             parts.setdefault(self._router.place(thing.entity_id), []).append(thing)
         return [(self.shards[index], part) for index, part in parts.items()]
+
+    async def each(self, do: Callable[[Shard], Awaitable[Answer]]) -> list[Answer]:
+        """The answer of each shard, one after the other; one that is away does not keep the others from doing it.
+
+        Raises:
+            TransientError: Some were away.
+        """
+        answers = []
+        away: TransientError | None = None
+        for shard in self.shards:
+            try:
+                answers.append(await do(shard))
+            except TransientError as error:
+                away = error
+        if away is not None:
+            raise away
+        return answers
 
     async def pass_snapshot(self, snapshot_time: datetime | None = None) -> datetime:
         """Fix what a snapshot sees, on every shard; the snapshot's time, by default the latest possible.
@@ -70,13 +135,18 @@ class FeatureStore:
         return snapshot_time or now
 
     async def ping(self) -> None:
-        """Ask every shard for nothing."""
-        for shard in self.shards:
-            await shard.ping()
+        """Ask the shards for nothing; one of several that does not answer concerns its own entities only.
+
+        Raises:
+            TransientError: None answers.
+        """
+        if not any(await asyncio.gather(*(shard.is_up() for shard in self.shards))):
+            raise TransientError(f"none of {len(self.shards)} shards answers")
 
 
 @asynccontextmanager
 async def open_feature_store(urls: Sequence[str]) -> AsyncIterator[FeatureStore]:
     """Open the shards at `postgresql://…`, the same in every process and in the same order: the order places the entities."""
     async with AsyncExitStack() as stack:
-        yield FeatureStore([await stack.enter_async_context(open_database(url)) for url in urls])
+        databases = [await stack.enter_async_context(open_database(url)) for url in urls]
+        yield FeatureStore([Shard(database.engine, number, len(urls)) for number, database in enumerate(databases)])

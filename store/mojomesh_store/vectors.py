@@ -96,6 +96,12 @@ class Plan:
         return [own, *(source.feature_set for source in self.sources if source.join is None and source.feature_set != own)]
 
     @property
+    def feature_sets(self) -> set[str]:
+        """Whose rows training reads."""
+        aggregated = (aggregate.feature_set for source in self.sources for aggregate in source.aggregates)
+        return {self.model.spine, self.model.label.feature_set, *(source.feature_set for source in self.sources), *aggregated}
+
+    @property
     def has_aggregates(self) -> bool:
         """Whether a vector takes more than the rows of its entities."""
         return any(source.aggregates for source in self.sources)
@@ -198,8 +204,8 @@ async def vectors(
 ) -> dict[int, Vector | None]:
     """A model's vector of each entity_id at its event time, by its place in `asked`; None where the spine has no row.
 
-    `rows_at` is called twice at most; `aggregates_at` is for plans that have aggregates. A place is left out if `rows_at` left out a row
-    that it needs.
+    `rows_at` is called twice at most; `aggregates_at` is for plans that have aggregates. A place is left out if one of them left out what
+    it needs.
     """
     own_sets = plan.same_entity_sets
     found = dict(await rows_at([((feature_set, entity_id), at) for entity_id, at in asked for feature_set in own_sets]))
@@ -215,18 +221,19 @@ async def vectors(
         for place, (entities, (entity_id, at)) in enumerate(zip(needed, asked, strict=True))
         if all((entity, at) in found for entity in entities)
     }
-    if derived := plan.derived:
-        rows = [
-            _DerivedRow(source, vector, asked[place][1])
-            for place, vector in made.items()
-            if vector
-            for source in derived
-            if vector.has(source)
-        ]
-        wanted = list(dict.fromkeys(window for row in rows for window in row.windows))
-        aggregated = await aggregates_at(wanted) if aggregates_at and wanted else {}
-        for row in rows:
-            row.fill(plan.model, aggregated)
+    rows = {
+        place: [_DerivedRow(source, vector, asked[place][1]) for source in plan.derived if vector.has(source)]
+        for place, vector in made.items()
+        if vector is not None
+    }
+    wanted = list(dict.fromkeys(window for of_place in rows.values() for row in of_place for window in row.windows))
+    aggregated = await aggregates_at(wanted) if aggregates_at and wanted else {}
+    for place, of_place in rows.items():
+        if all(window in aggregated for row in of_place for window in row.windows):
+            for row in of_place:
+                row.fill(aggregated)
+        else:
+            del made[place]
     return made
 
 
@@ -240,7 +247,7 @@ class _DerivedRow:
         keys = ((aggregate, aggregate.key_of(entity_id, self._values)) for aggregate in source.aggregates)
         self.windows: list[WindowAsked] = [(aggregate, key, at) for aggregate, key in keys if key is not None]
 
-    def fill(self, model: Model, aggregated: Mapping[WindowAsked, FeatureValue]) -> None:
+    def fill(self, aggregated: Mapping[WindowAsked, FeatureValue]) -> None:
         """Put what is derived into the vector."""
         derived = {window[0].name: aggregated[window] for window in self.windows}
         values, asked_at = {**self._values, **derived}, moment(self._at)

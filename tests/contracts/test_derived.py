@@ -72,7 +72,7 @@ def test_a_formula_comes_to_what_it_says(text: str, kind: str, value: object) ->
     assert str(formula(VALUES, AT)) == str(value)  # no -0.0
 
 
-@pytest.mark.parametrize("text", ["a / (b - 4)", "log(a - 3)", "sqrt(0 - a)", "exp(1000 * a)", "a % (b - 4)", "ceil(exp(700) * exp(9))"])
+@pytest.mark.parametrize("text", ["a / (b - 4)", "log(a - 3)", "sqrt(0 - a)", "exp(1000 * a)", "a % (b - 4)", "ceil(exp(700) * exp(700))"])
 def test_where_a_formula_is_not_defined_its_value_is_missing(text: str) -> None:
     assert Formula(text, KINDS)(VALUES, AT) is None
 
@@ -115,13 +115,11 @@ def test_missing_in_missing_out(text: str) -> None:
         ("hour(event_time, '../../etc/passwd')", "no time zone"),
         ("1e999", "is not among what formulas know"),
         ("(" * 400 + "a" + ")" * 400, "500 characters at most"),
-        ("-" * 450 + "a", ""),
+        ("-" * 450 + "a", "is no formula"),
+        ("-" * 101 + "a", "nested more than 100 deep"),
     ],
 )
 def test_what_is_no_formula_is_refused_in_words(text: str, words: str) -> None:
-    if text.startswith("--"):
-        assert Formula(text, KINDS)(VALUES, AT) == 3.0
-        return
     with pytest.raises(FormulaError, match=words.replace("(", r"\(").replace("+", r"\+")):
         Formula(text, KINDS)
 

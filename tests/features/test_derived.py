@@ -20,9 +20,9 @@ from mojomesh_store import retirement
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.facts import Fact, Span
 from mojomesh_store.online import microseconds, moment
-from mojomesh_store.shards import FeatureStore
+from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.tables import FeatureRow
-from mojomesh_store.vectors import Windowed, plan_of
+from mojomesh_store.vectors import Vector, Windowed, plan_of
 from tests.features.definition import TrainingRow, as_learned, expected_aggregate
 from tests.features.making import NOON, AppendAll, make_event
 from tests.features.test_snapshots import rows_of, take
@@ -124,7 +124,7 @@ async def both(
     rows = rows_of(objects, await take(snapshots, model, definitions, max(row.created_at for row in stored)))
     pairs = [(str(row["entity_id"]), int(str(row["event_time"])) * 1000) for row in rows]
     vectors = await reader.vectors(plan_of(model, definitions), pairs)
-    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if vector is not None]
+    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if isinstance(vector, Vector)]
     return online, [{name: row[name] for name in online[0]} for row in rows]
 
 
@@ -161,7 +161,9 @@ class CountsWhatWasCorrected(WindowReader):
 
     stored: Sequence[FeatureRow] = ()
 
-    async def found(self, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]) -> list[Fact]:
+    async def found(
+        self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
+    ) -> list[Fact]:
         return [
             Fact(n, row.entity_id, row.event_time, [row.values.get(name) for name in features])
             for n, span in enumerate(spans)
@@ -198,7 +200,7 @@ async def test_an_aggregate_changes_when_a_late_event_becomes_known_and_not_befo
 
     async def read() -> list[FeatureValue]:
         (vector,) = await reader.vectors(plan, [asked])
-        assert vector is not None
+        assert isinstance(vector, Vector)
         return [vector.values[name] for name in ("arrivals", "delay_sum", "delay_last")]
 
     at_first = await read()

@@ -23,7 +23,7 @@ from mojomesh_features.snapshots import Snapshots
 from mojomesh_scorer.encoding import Encoder
 from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore
-from mojomesh_store.vectors import plan_of
+from mojomesh_store.vectors import Vector, plan_of
 from tests.features.making import BASELINE, NOON, AppendAll, make_block, make_event, make_promotion
 from tests.features.test_derived import DEFINITIONS, HOUR, a_history
 
@@ -77,7 +77,7 @@ class Watch:
         made_at = datetime.now(UTC)
         encoder, made = Encoder(self.schema), []
         for (flight, at), vector in zip(flights, vectors, strict=True):
-            if vector is not None:
+            if isinstance(vector, Vector):
                 inputs: list[float | None] = [None if cell != cell else cell for cell in encoder.encode_row(vector.values, {})]
                 rows = [row.key(entity) for entity, row in vector.used.items()]
                 made.append(

@@ -11,7 +11,7 @@ from mojomesh_chassis.topics import ensure_topics
 
 # The feature store's tables are on every shard; the services' own on the first.
 SHARDED = "mojomesh_store"
-SERVICES = ("mojomesh_features", "mojomesh_trainer", "mojomesh_registry")
+SERVICES = ("mojomesh_ingest", "mojomesh_features", "mojomesh_trainer", "mojomesh_registry")
 
 
 async def migrate_tables(owner_urls: Sequence[str]) -> None:

@@ -13,10 +13,11 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.errors import NotFound, TransientError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
+from mojomesh_features.judging import windows_of
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
@@ -89,7 +90,8 @@ async def stored_rows(feature_store: AFeatureStore, definitions: SomeDefinitions
             for feature_set, n in await db.execute(
                 text("""
                 SELECT feature_set, count(*) FROM (
-                    SELECT feature_set FROM store.feature_rows UNION ALL SELECT feature_set FROM store.retired_events
+                    SELECT feature_set FROM store.feature_rows UNION ALL
+                    SELECT feature_set FROM store.retired_events WHERE NOT forgotten
                 ) AS stored GROUP BY feature_set
             """)
             ):
@@ -146,6 +148,12 @@ async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snap
     return await snapshots.take(plan, label_of(query.model.label, definitions), query.snapshot_time)
 
 
+@router.post("/v1/snapshots:erasures")
+async def snapshot_erasures(query: SnapshotQuery, definitions: SomeDefinitions, snapshots: SomeSnapshots) -> dict[str, list[datetime]]:
+    """When facts were erased that a snapshot had or would have had: taken before, it was another."""
+    return {"erasures": await snapshots.erasures(plan_of(query.model, definitions), query.snapshot_time)}
+
+
 @router.post("/v1/segments:seal", dependencies=[Protected])
 async def seal(definitions: SomeDefinitions, sealer: ASealer) -> dict[str, Any]:
     """Seal every row that is known now, of all feature sets; the new segments. What another process is sealing is left to it."""
@@ -162,6 +170,17 @@ async def drift(
     async with database.begin() as db:
         windows, alerts = await tables.drift_of(db, model, limit)
     return _json({"model": model, "windows": windows, "alerts": alerts})
+
+
+@router.get("/v1/quality/{feature_set}")
+async def quality(
+    feature_set: str, database: ADatabase, definitions: SomeDefinitions, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+) -> Response:
+    """What came in of a feature set, window by window, and what of it was not as its definition expects."""
+    definitions.feature_set(feature_set)  # refuses a name that nobody defined
+    async with database.begin() as db:
+        windows = await windows_of(db, feature_set, limit)
+    return _json({"feature_set": feature_set, "windows": windows})
 
 
 @router.get("/v1/predictions/{prediction_id}")
@@ -196,7 +215,9 @@ def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
     return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
 
 
-def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[str, Any]:
+def _vector(spine: str, entity_id: str, at: int, vector: Vector | TransientError | None) -> dict[str, Any]:
+    if isinstance(vector, TransientError):
+        return {"away": str(vector)}
     if vector is None:
         return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
     if vector.too_old:

@@ -28,6 +28,7 @@ from mojomesh_features.deriving import with_derived
 from mojomesh_features.joining import asked_rows, training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
+from mojomesh_store import erasure
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore
@@ -67,7 +68,16 @@ class Snapshots:
             path = f"snapshots/{plan.model.name}/{digest}.parquet"
             if not await self._objects.exists(path):
                 await self._objects.put(path, file)
-        return SnapshotTaken(path=path, digest=digest, n_rows=n_rows, snapshot_time=snapshot_time, columns=plan.columns)
+        erased = await self.erasures(plan, snapshot_time)
+        return SnapshotTaken(path=path, digest=digest, n_rows=n_rows, snapshot_time=snapshot_time, columns=plan.columns, erasures=erased)
+
+    async def erasures(self, plan: Plan, snapshot_time: datetime) -> list[datetime]:
+        """When rows were erased that had been known at `snapshot_time`, of the feature sets of a model."""
+        found: set[datetime] = set()
+        for shard in self._feature_store.shards:
+            async with shard.begin() as db:
+                found |= await erasure.erasures(db, plan.feature_sets, snapshot_time)
+        return sorted(found)
 
     async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]], times: Sequence[datetime]) -> list[list[dict[str, FeatureValue]]]:
         """The vectors that training would have of each entity_id at its event time, as known at each of `times`, the last one last.

@@ -6,6 +6,7 @@ alone, in the order of event time and entity_id, so neither other facts nor the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,12 @@ class Facts:
     features: Mapping[str, Values]  # float64 with NaN, or texts with None, for missing
     known_us: tuple[Integers, Integers] | None = None
 
+    @cached_property
+    def places(self) -> tuple[Integers, Integers]:
+        """The event times there are, ascending, and where each fact has its place by key and time: one number, ascending."""
+        moments = np.unique(self.event_us)
+        return moments, self.keys * (len(moments) + 1) + np.searchsorted(moments, self.event_us)
+
 
 def aggregated(window: Windowed, facts: Facts, keys: Integers, at_us: Integers) -> list[FeatureValue]:
     """The aggregate for each pair of key and asked time; a key below 0 is missing, and so is its aggregate."""
@@ -54,9 +61,8 @@ def _missing_keys(keys: Integers, found: list[FeatureValue]) -> list[FeatureValu
 
 def _slices(window_us: int, facts: Facts, keys: Integers, at_us: Integers) -> tuple[Integers, Integers]:
     """Where each window begins and ends among the facts."""
-    moments = np.unique(facts.event_us)
+    moments, places = facts.places
     n = len(moments) + 1
-    places = facts.keys * n + np.searchsorted(moments, facts.event_us)
     firsts, lasts = (np.searchsorted(places, keys * n + np.searchsorted(moments, time)) for time in (at_us - window_us, at_us))
     return firsts, lasts
 

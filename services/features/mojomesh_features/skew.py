@@ -90,8 +90,8 @@ class SkewMonitor:
         before, after = await self._snapshots.vectors(plan, asked, [min(made) - self._grace, max(made) + self._grace])
         tally: Tally[str] = Tally(equal=0, mismatched=0, unsettled=0)
         for vector, *both in zip(sample, before, after, strict=True):
-            told = dict(zip(((column.name, column) for column in bundle.schema.columns), vector.inputs, strict=True))
-            differing = {name: of_cell(column, value, both) for (name, column), value in told.items()}
+            cells = zip(bundle.schema.columns, vector.inputs, strict=True)
+            differing = {column.name: of_cell(column, value, both) for column, value in cells}
             outcome = max(differing.values(), key=("equal", "unsettled", "mismatched").index)
             tally[outcome] += 1
             if outcome == "mismatched":

@@ -48,14 +48,15 @@ def _value(n: int, column: Column, derived: Mapping[str, pa.Array]) -> str:
 
 def _computed(db: duckdb.DuckDBPyConnection, n: int, source: Source, aggregated: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     """The formulas of a source for each row, missing where it has no row."""
-    stored = [name for name in source.inputs if name not in aggregated]
+    used = dict.fromkeys(name for _, formula in source.formulas for name in formula.names)
+    stored = [name for name in used if name not in aggregated]
     columns = [ASKED_US, input_column(n, None), *(input_column(n, name) for name in stored)]
     found: dict[str, list[pa.Array]] = {name: [] for name, _ in source.formulas}
     begin = 0
     for batch in db.sql(f"SELECT {', '.join(columns)} FROM joined ORDER BY rowid").to_arrow_reader(_BATCH) if found else ():
         asked_us, entity_ids, *values = (column.to_pylist() for column in batch.columns)
         inputs = dict(zip(stored, values, strict=True))
-        inputs |= {name: column.slice(begin, len(batch)).to_pylist() for name, column in aggregated.items()}
+        inputs |= {name: column.slice(begin, len(batch)).to_pylist() for name, column in aggregated.items() if name in used}
         begin += len(batch)
         rows = [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)] or [{}] * len(batch)
         for name, formula in source.formulas:

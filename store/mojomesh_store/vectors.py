@@ -221,8 +221,10 @@ async def vectors(
         for place, (entities, (entity_id, at)) in enumerate(zip(needed, asked, strict=True))
         if all((entity, at) in found for entity in entities)
     }
+    if not (derived := plan.derived):
+        return made
     rows = {
-        place: [_DerivedRow(source, vector, asked[place][1]) for source in plan.derived if vector.has(source)]
+        place: [_DerivedRow(source, vector, asked[place][1]) for source in derived if vector.has(source)]
         for place, vector in made.items()
         if vector is not None
     }

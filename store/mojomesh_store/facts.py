@@ -23,8 +23,10 @@ class Fact(NamedTuple):
     """An event in its last version; which span of those asked for it belongs to, and the asked features."""
 
     n: int
-    entity_id: str
     event_time: datetime
+    entity_id: str
+    created_at: datetime
+    seq: int
     values: list[FeatureValue]
 
 
@@ -38,7 +40,7 @@ async def facts_of(
     vector = ", ".join(f"fact.\"values\" -> '{name}'" for name in features)
     found = await db.execute(
         text(f"""
-            SELECT asked.n - 1, fact.entity_id, fact.event_time, jsonb_build_array({vector})::text
+            SELECT asked.n - 1, fact.event_time, fact.entity_id, fact.created_at, fact.seq, jsonb_build_array({vector})::text
             FROM unnest(
                 CAST(:entity_ids AS text[]), CAST(:keys AS jsonb[]), CAST(:sinces AS timestamptz[]), CAST(:untils AS timestamptz[])
             ) WITH ORDINALITY AS asked (entity_id, key, since, until, n)
@@ -58,4 +60,4 @@ async def facts_of(
             "untils": [span.until for span in spans],
         },
     )
-    return [Fact(n, entity_id, event_time, orjson.loads(values)) for n, entity_id, event_time, values in found]
+    return [Fact._make([*fact, orjson.loads(values)]) for *fact, values in found]

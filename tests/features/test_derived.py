@@ -165,7 +165,7 @@ class CountsWhatWasCorrected(WindowReader):
         self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         return [
-            Fact(n, row.entity_id, row.event_time, [row.values.get(name) for name in features])
+            Fact(n, row.event_time, row.entity_id, row.created_at, row.seq, [row.values.get(name) for name in features])
             for n, span in enumerate(spans)
             for row in self.stored
             if row.feature_set == feature_set and span.since <= row.event_time < span.until

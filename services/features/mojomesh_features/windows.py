@@ -13,7 +13,7 @@ from mojomesh_features.retiring import Retired
 from mojomesh_store.facts import Fact, Span, facts_of
 from mojomesh_store.online import microseconds, moment
 from mojomesh_store.shards import FeatureStore, Shard
-from mojomesh_store.vectors import WindowAsked
+from mojomesh_store.vectors import Windowed, WindowAsked
 
 PATIENCE_S = 1.0  # with one of several shards
 
@@ -53,13 +53,10 @@ class WindowReader:
     async def _read(
         self, feature_set: str, by: Sequence[str | None], shards: Sequence[Shard], asked: Sequence[WindowAsked]
     ) -> dict[WindowAsked, FeatureValue]:
-        longest: dict[tuple[tuple[str, ...], int], int] = {}
-        for aggregate, key, at_us in asked:
-            longest[key, at_us] = max(aggregate.window_us, longest.get((key, at_us), 0))
         kinds = {aggregate.feature: aggregate.kind for aggregate, _, _ in asked if aggregate.feature is not None}
-        spans = [Span(key, moment(at_us - window_us), moment(at_us)) for (key, at_us), window_us in longest.items()]
+        spans, numbers = _spans(asked)
         parts = await asyncio.gather(*(self.found(shard, feature_set, by, list(kinds), spans) for shard in shards))
-        return await asyncio.to_thread(_aggregated, asked, list(longest), _facts([fact for part in parts for fact in part], kinds))
+        return await asyncio.to_thread(_aggregated, asked, numbers, _facts([fact for part in parts for fact in part], kinds))
 
     async def found(
         self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
@@ -67,6 +64,21 @@ class WindowReader:
         """The events of a shard in each span, in no order."""
         async with shard.begin(PATIENCE_S) as db:
             return await facts_of(db, feature_set, by, features, spans)
+
+
+def _spans(asked: Sequence[WindowAsked]) -> tuple[list[Span], dict[WindowAsked, int]]:
+    """What to read for windows, each event once: windows of one key that overlap are one span; and which span a window is in."""
+    spans: list[Span] = []
+    numbers: dict[WindowAsked, int] = {}
+    for window in sorted(asked, key=lambda window: (window[1], window[2] - window[0].window_us)):
+        aggregate, key, at_us = window
+        since, until = moment(at_us - aggregate.window_us), moment(at_us)
+        if spans and spans[-1].key == key and since <= spans[-1].until:
+            spans[-1] = Span(key, spans[-1].since, max(until, spans[-1].until))
+        else:
+            spans.append(Span(key, since, until))
+        numbers[window] = len(spans) - 1
+    return spans, numbers
 
 
 def _facts(found: list[Fact], kinds: Mapping[str, str | None]) -> Facts:
@@ -80,14 +92,13 @@ def _facts(found: list[Fact], kinds: Mapping[str, str | None]) -> Facts:
     return Facts(np.array([fact.n for fact in found], dtype=np.int64), times, columns)
 
 
-def _aggregated(asked: Sequence[WindowAsked], spans: list[tuple[tuple[str, ...], int]], facts: Facts) -> dict[WindowAsked, FeatureValue]:
-    numbers = {span: n for n, span in enumerate(spans)}
-    together: dict[object, list[WindowAsked]] = defaultdict(list)
+def _aggregated(asked: Sequence[WindowAsked], numbers: Mapping[WindowAsked, int], facts: Facts) -> dict[WindowAsked, FeatureValue]:
+    together: dict[Windowed, list[WindowAsked]] = defaultdict(list)
     for window in asked:
         together[window[0]].append(window)
     answers: dict[WindowAsked, FeatureValue] = {}
-    for windows in together.values():
-        keys = np.array([numbers[key, at_us] for _, key, at_us in windows], dtype=np.int64)
+    for aggregate, windows in together.items():
+        keys = np.array([numbers[window] for window in windows], dtype=np.int64)
         times = np.array([at_us for _, _, at_us in windows], dtype=np.int64)
-        answers |= zip(windows, aggregated(windows[0][0], facts, keys, times), strict=True)
+        answers |= zip(windows, aggregated(aggregate, facts, keys, times), strict=True)
     return answers

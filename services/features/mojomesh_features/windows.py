@@ -13,7 +13,7 @@ from mojomesh_features.retiring import Retired
 from mojomesh_store.facts import Fact, Span, facts_of
 from mojomesh_store.online import microseconds, moment
 from mojomesh_store.shards import FeatureStore, Shard
-from mojomesh_store.vectors import Windowed, WindowAsked
+from mojomesh_store.vectors import WindowAsked, Windowed
 
 PATIENCE_S = 1.0  # with one of several shards
 

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,3 +249,42 @@ def test_a_value_does_not_depend_on_what_else_is_asked() -> None:
     in_pieces = [value for at in asked for value in aggregated(window, facts, np.zeros(1, dtype=np.int64), np.array([at]))]
 
     assert whole == in_pieces == [float(sum(range(max(at - 50, 0), at))) for at in asked.tolist()]
+
+
+class FromMemory(WindowReader):
+    """Two shards that both have all events of two keys, as may be while entities move."""
+
+    events = tuple((f"k{n % 2}", NOON + n * n * timedelta(seconds=7), f"e{n}", n / 7) for n in range(200))
+    n_read = 0
+
+    async def found(
+        self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
+    ) -> list[Fact]:
+        found = [
+            Fact(n, at, entity_id, NOON, 1, [value])
+            for n, span in enumerate(spans)
+            for key, at, entity_id, value in self.events
+            if (key,) == span.key and span.since <= at < span.until
+        ]
+        self.n_read += len(found)
+        return found
+
+
+async def test_windows_that_overlap_are_read_once_and_an_event_on_two_shards_counts_once() -> None:
+    store: Any = SimpleNamespace(shards=("one", "two"))
+    aggregates = [Windowed("w", "sum", "s", "x", "number", ("key",), ("key",), hours * 3_600_000_000) for hours in (1, 9)]
+    asked = [(aggregates[n % 2], (f"k{n % 3}",), microseconds(NOON + n * HOUR)) for n in range(60)]
+    together = FromMemory(store, Retired())
+
+    answers = await together.at(asked, [])
+
+    counted = set()
+    for window in asked:
+        aggregate, (key,), at_us = window
+        alone = await FromMemory(store, Retired()).at([window], [])
+        assert answers[window] == alone[window]
+        since, until = moment(at_us - aggregate.window_us), moment(at_us)
+        events = [event for event in together.events if event[0] == key and since <= event[1] < until]
+        assert answers[window] == pytest.approx(sum(value for _, _, _, value in events))
+        counted |= set(events)
+    assert together.n_read == 2 * len(counted)

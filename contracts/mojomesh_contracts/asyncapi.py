@@ -27,6 +27,7 @@ from mojomesh_contracts.events import (
     QualityBreached,
     ScoreRequested,
     ShadowCompared,
+    TrafficFollowed,
     TrafficSet,
     TrainingRequested,
 )
@@ -68,14 +69,14 @@ MESH: tuple[Part, ...] = (
     ),
     Part(
         "registry",
-        work=(ModelReady, FoldTrained, ModelDeployed, ShadowCompared),
+        work=(ModelReady, FoldTrained, ModelDeployed, ShadowCompared, TrafficFollowed),
         publishes=(DefinitionApplied, TrainingRequested, ModelPromoted, TrafficSet),
     ),
     Part(
         "scorer",
         work=(ScoreRequested,),
         broadcast=(DefinitionApplied, ModelPromoted, TrafficSet),
-        publishes=(PredictionsMade, ModelDeployed, ShadowCompared),
+        publishes=(PredictionsMade, ModelDeployed, ShadowCompared, TrafficFollowed),
     ),
 )
 """The services' routers are tested against this table."""

@@ -27,6 +27,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
 
 
+MOST_DIMENSIONS = 2000  # of an HNSW index
+LARGEST_SINGLE = 3.4028234663852886e38
+
+
 class DefinitionError(ValueError):
     """A document that is not a definition; its text names the field and what to do."""
 
@@ -118,6 +122,33 @@ class Aggregate(Definition):
         return self.of.partition(".")[2] or None
 
 
+class VectorFeature(Definition):
+    """A vector of numbers, as a model that reads texts or pictures gives it; asked by nearness, and no input of a model here."""
+
+    type: str = Field(pattern=r"^vector\([1-9]\d{0,3}\)$", description="As in `vector(384)`; 2,000 dimensions at most")
+    distance: Literal["cosine", "l2", "inner"] = "cosine"
+
+    @model_validator(mode="after")
+    def _check_dimensions(self) -> "VectorFeature":
+        if self.n_dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"{self.type} has more than {MOST_DIMENSIONS} dimensions")
+        return self
+
+    @property
+    def n_dimensions(self) -> int:
+        return int(self.type[len("vector(") : -1])
+
+    def problem(self, vector: list[float]) -> str | None:
+        """Why `vector` cannot be this feature, in words; None if it can."""
+        if len(vector) != self.n_dimensions:
+            return f"must have {self.n_dimensions} dimensions, has {len(vector)}"
+        if not all(abs(number) <= LARGEST_SINGLE for number in vector):
+            return "must be of finite numbers, as single precision knows them"
+        if self.distance == "cosine" and not any(vector):
+            return "must not be zero: it has no direction, which is what a cosine compares"
+        return None
+
+
 class Expectation(Definition):
     """What values of a feature should be. Unlike the feature's own min and max, a value beyond is a fact: it is kept, and told."""
 
@@ -177,24 +208,45 @@ class FeatureSet(Definition):
     kind: Literal["FeatureSet"] = "FeatureSet"
     name: Name
     entity: ColumnName = Field(description="What entity_id identifies, as in `flight_id`")
-    features: dict[ColumnName, Feature] = Field(min_length=1)
+    features: dict[ColumnName, Feature] = {}
+    vectors: dict[ColumnName, VectorFeature] = Field(default={}, description="Those of type `vector(n)`; they may stand among `features`")
     aggregates: dict[ColumnName, Aggregate] = Field(default={}, description="Of the events of other sets, or of this one")
     computed: dict[ColumnName, str] = Field(
         default={}, description="Formulas over features and aggregates, and `event_time`, the asked one"
     )
     quality: Quality | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set_vectors_apart(cls, document: Any) -> Any:
+        features = document.get("features") if isinstance(document, dict) else None
+        if not isinstance(features, dict):
+            return document
+        vectors = {
+            name for name, feature in features.items() if isinstance(feature, dict) and str(feature.get("type")).startswith("vector")
+        }
+        return document | {
+            "features": {name: feature for name, feature in features.items() if name not in vectors},
+            "vectors": document.get("vectors", {}) | {name: features[name] for name in vectors},
+        }
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "FeatureSet":
+        if not self.features and not self.vectors:
+            raise ValueError("a feature set has at least one feature")
+        return self
+
     @model_validator(mode="after")
     def _check_derived(self) -> "FeatureSet":
-        names = [*self.features, *self.aggregates, *self.computed]
+        names = [*self.names, *self.vectors]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)}: a name for one feature only, stored, aggregated or computed")
+            raise ValueError(f"{', '.join(twice)}: a name for one feature only, a vector, stored, aggregated or computed")
         _ = self.formulas  # raises what is wrong with them
         return self
 
     @property
     def names(self) -> list[str]:
-        """Of all features, stored and derived."""
+        """Of all features that a model may have, stored and derived."""
         return [*self.features, *self.aggregates, *self.computed]
 
     @cached_property
@@ -226,6 +278,12 @@ class FeatureSet(Definition):
             elif (problem := feature.problem(value)) is not None:
                 found.append(f"'{name}' {problem}")
         return found
+
+    def problems_of_vectors(self, vectors: dict[str, list[float]]) -> list[str]:
+        """What is wrong with the vectors of an event, in words."""
+        found = [f"'{name}' is not a vector of '{self.name}'" for name in vectors if name not in self.vectors]
+        told = ((name, self.vectors[name].problem(vector)) for name, vector in vectors.items() if name in self.vectors)
+        return found + [f"'{name}' {problem}" for name, problem in told if problem]
 
 
 class Label(Definition):
@@ -434,6 +492,11 @@ def incompatible_changes(old: FeatureSet, new: FeatureSet) -> list[str]:
         changed = new.features.get(name, feature)
         if (changed.type, changed.unit) != (feature.type, feature.unit):
             found.append(f"feature '{name}' changes its type or unit; add a new feature instead")
+    found += [
+        f"vector '{name}' is gone or changes; add a new one instead"
+        for name, old_one in old.vectors.items()
+        if new.vectors.get(name) != old_one
+    ]
     for derived, now in ((old.aggregates, new.aggregates), (old.computed, new.computed)):
         found += [
             f"derived feature '{name}' is gone or changes; models were trained on what it was, so add a new one instead"

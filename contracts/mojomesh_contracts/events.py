@@ -55,6 +55,7 @@ class EventReceived(Event):
     event_time: AwareDatetime = Field(description="When it was true, never arrival time; not later than now + 5 minutes")
     values: dict[str, FeatureValue] = Field(description="The full vector; an absent feature is missing")
     reported_at: AwareDatetime | None = Field(default=None, description="When its source knew it; by default when the mesh did")
+    vectors: dict[str, list[StrictFloat | StrictInt]] = Field(default={}, description="By feature of type `vector(n)`")
 
 
 class RowKey(Frozen):
@@ -196,6 +197,26 @@ class TrafficSet(Event):
     setting: int = Field(ge=1, description="Counts the settings of the model: a lower one is stale")
     set_at: AwareDatetime
     challengers: list[Challenger] = Field(description="All of them; every other bucket is the champion's")
+
+
+class LeftOut(Frozen):
+    """A version that a scorer does not let score beside the champion."""
+
+    version: int
+    reason: str
+
+
+class TrafficFollowed(Event):
+    """What one scorer replica made of a setting of the traffic. Produced by scorer; read by registry."""
+
+    topic: ClassVar[Topic] = Topic("traffic.followed.v1", partitions=3)
+    keyed_by: ClassVar[str] = "model"
+
+    model: str
+    setting: int = Field(description="Of `TrafficSet`")
+    replica: str
+    followed_at: AwareDatetime
+    left_out: list[LeftOut] = Field(description="The entities of these versions stay with the champion")
 
 
 class SwapPhase(Frozen):
@@ -371,6 +392,7 @@ EVENTS: tuple[type[Event], ...] = (
     ScoreRequested,
     PredictionsMade,
     ShadowCompared,
+    TrafficFollowed,
     DriftDetected,
     QualityBreached,
 )

@@ -32,7 +32,9 @@ async def record(db: AsyncSession, feature_set: str, known_from: datetime, erase
 
 
 async def forget_rows(db: AsyncSession, feature_set: str, entity_id: str) -> int:
-    """Erase an entity's rows from PostgreSQL; how many."""
+    """Erase an entity's rows and vectors from PostgreSQL; how many rows."""
+    vectors = text("DELETE FROM store.embeddings WHERE starts_with(feature, :set || '.') AND entity_id = :entity_id")
+    await db.execute(vectors, {"set": feature_set, "entity_id": entity_id})
     gone = await db.execute(
         text("""
             WITH gone AS (

@@ -17,6 +17,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_features import handlers, routes
 from mojomesh_features.champions import ChampionBundles, Champions
 from mojomesh_features.judging import OUTBOX, Judge, judging
+from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Retired, retiring
 from mojomesh_features.sealing import Due, Sealer, sealing
@@ -71,6 +72,7 @@ def build(settings: FeaturesSettings) -> FastAPI:
                 "database": database,
                 "feature_store": feature_store,
                 "reader": FeatureReader(feature_store, online, retired),
+                "neighbours": Neighbours(feature_store, retired),
                 "definitions": definitions,
                 "snapshots": snapshots,
                 "sealer": sealer,

@@ -13,14 +13,16 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import NotFound, TransientError
+from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
 from mojomesh_features.judging import windows_of
+from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_store import embeddings
 from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.vectors import AsOf, Vector, plan_of
@@ -40,6 +42,7 @@ def _resource(name: str) -> Any:
 ADatabase = Annotated[Database, _resource("database")]
 AFeatureStore = Annotated[FeatureStore, _resource("feature_store")]
 AReader = Annotated[FeatureReader, _resource("reader")]
+SomeNeighbours = Annotated[Neighbours, _resource("neighbours")]
 SomeDefinitions = Annotated[Definitions, _resource("definitions")]
 ASealer = Annotated[Sealer, _resource("sealer")]
 SomeSnapshots = Annotated[Snapshots, _resource("snapshots")]
@@ -61,6 +64,19 @@ class AskedBatch(BaseModel):
 
     rows: list[Asked] = Field(max_length=MOST_ROWS)
     snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew it then; by default as it knows it now")
+
+
+class AskedNearest(BaseModel):
+    """Rows by the nearness of a vector."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    feature: str = Field(description="Of type `vector(n)`")
+    vector: list[float]
+    k: int = Field(default=10, ge=1, le=500)
+    at: AwareDatetime | None = Field(default=None, description="Rows that were true then; by default now")
+    snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew them then; by default as it knows them now")
+    exact: bool = Field(default=False, description="Compare all vectors instead of those that the index leads to")
 
 
 class AskedVector(BaseModel):
@@ -120,6 +136,22 @@ async def latest_rows(feature_set: str, asked: AskedBatch, reader: AReader, defi
     found = await _read(reader, as_ofs, asked.snapshot_time)
     rows = [(entity, found[entity, at]) for entity, at in as_ofs]
     return _json({"rows": [None if row is None else _row(entity, row) for entity, row in rows]})
+
+
+@router.post("/v1/features/{feature_set}:nearest")
+async def nearest_rows(feature_set: str, asked: AskedNearest, neighbours: SomeNeighbours, definitions: SomeDefinitions) -> Response:
+    """The rows with the vectors nearest to one, among those true at an event time as the mesh knew them at `snapshot_time`."""
+    found = definitions.feature_set(feature_set)
+    declared = found.vectors.get(asked.feature)
+    if declared is None:
+        raise NotFound(f"'{feature_set}' has no vector '{asked.feature}'; it has {', '.join(found.vectors) or 'none'}")
+    if problem := declared.problem(asked.vector):
+        raise PermanentError(f"the vector {problem}")
+    now = datetime.now(UTC)
+    at, snapshot_time = asked.at or now, asked.snapshot_time or datetime.max.replace(tzinfo=UTC)
+    which = embeddings.Asked(found.name, asked.feature, declared, asked.vector, asked.k, at, snapshot_time)
+    near = await neighbours.nearest(which, asked.snapshot_time is not None, asked.exact)
+    return _json({"rows": [{"feature_set": found.name, **row._asdict()} for row in near]})
 
 
 @router.get("/v1/features/{feature_set}/{entity_id:path}")

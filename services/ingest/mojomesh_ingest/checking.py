@@ -8,7 +8,7 @@ from mojomesh_chassis.database import Database
 from mojomesh_contracts.definitions import FeatureSet, Quality
 from mojomesh_contracts.events import EventReceived
 from mojomesh_ingest import quarantine
-from mojomesh_store import rows, tallies
+from mojomesh_store import embeddings, rows, tallies
 from mojomesh_store.rows import RowId, row_id
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow
@@ -69,6 +69,7 @@ async def append(
     async with shard.begin() as db:
         created_at = await rows.write_time(db)
         stored, new = await rows.append_at(db, events, created_at)
+        await embeddings.save(db, events, new, feature_sets)
         counts: dict[str, Tally] = {}
         for key, row in new.items():
             if quality := feature_sets[row.feature_set].quality:

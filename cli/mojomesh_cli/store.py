@@ -14,7 +14,9 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_cli.calls import call
 from mojomesh_cli.connection import DEFAULT_STATE, State, calling, mesh_env, need
 from mojomesh_cli.console import AsJson, out, print_json
+from mojomesh_store import rebalancing
 from mojomesh_store.online import OnlineStore
+from mojomesh_store.rebalancing import Rebalanced
 from mojomesh_store.shards import open_feature_store
 
 SEALING_S = 3600.0  # a large backlog takes its time
@@ -59,6 +61,25 @@ def forget(
     out.print(f"Erased rows: {rows or 'none'}. Held events: {erased['held_events']:,}. Receipts emptied: {erased['predictions']:,}.")
     out.print(f"Segments written anew: {erased['segments']:,}. Snapshots removed: {erased['snapshots']:,}.")
     out.print("Kafka keeps what it was told until its retention ends, and models what they learned: docs/decisions/0017-erasure.md.")
+
+
+@store.command()
+def rebalance(state: State = DEFAULT_STATE, as_json: AsJson = False) -> None:
+    """Place entities on all shards, while the mesh writes and reads: after a shard was added, and `mojomesh migrate` was run."""
+    done = asyncio.run(_rebalance(mesh_env(state)))
+    if as_json:
+        print_json(done._asdict())
+        return
+    out.print(f"Added: shard {', '.join(map(str, done.added))}, with {done.copied:,} rows." if done.added else "Every shard has its share.")
+    if done.cleaned:
+        out.print(f"Taken away where they were copied from: {done.cleaned:,} rows.")
+    if done.left:
+        out.print(f"{done.left:,} rows stay there until they are sealed: run `mojomesh store seal`, and this again.")
+
+
+async def _rebalance(env: dict[str, str]) -> Rebalanced:
+    async with open_feature_store(need(env, "MOJOMESH_POSTGRES_OWNER").split(",")) as feature_store:
+        return await rebalancing.rebalance(feature_store)
 
 
 async def _forget(env: dict[str, str], entity_id: str, feature_sets: list[str] | None) -> dict[str, Any]:

@@ -25,8 +25,6 @@ class Fact(NamedTuple):
     n: int
     event_time: datetime
     entity_id: str
-    created_at: datetime
-    seq: int
     values: list[FeatureValue]
 
 
@@ -40,7 +38,7 @@ async def facts_of(
     vector = ", ".join(f"fact.\"values\" -> '{name}'" for name in features)
     found = await db.execute(
         text(f"""
-            SELECT asked.n - 1, fact.event_time, fact.entity_id, fact.created_at, fact.seq, jsonb_build_array({vector})::text
+            SELECT asked.n - 1, fact.event_time, fact.entity_id, jsonb_build_array({vector})::text
             FROM unnest(
                 CAST(:entity_ids AS text[]), CAST(:keys AS jsonb[]), CAST(:sinces AS timestamptz[]), CAST(:untils AS timestamptz[])
             ) WITH ORDINALITY AS asked (entity_id, key, since, until, n)

@@ -163,7 +163,7 @@ async def pass_snapshot(shard: Database, snapshot_time: datetime) -> None:
         async with shard.begin() as db:
             if await _floor_reaches(db, snapshot_time):
                 return
-            if await _gets_past_writers(db):
+            if await gets_past_writers(db):
                 await db.execute(select(func.store.raise_snapshot_floor(snapshot_time)))
                 return
         await asyncio.sleep(PASSAGE_TIMEOUT_MS / 4000)  # let the writers go who waited behind us
@@ -235,7 +235,8 @@ async def _floor_reaches(db: AsyncSession, snapshot_time: datetime) -> bool:
     return bool((await db.execute(text("SELECT floor >= :time FROM store.snapshot_floor"), {"time": snapshot_time})).scalar_one())
 
 
-async def _gets_past_writers(db: AsyncSession) -> bool:
+async def gets_past_writers(db: AsyncSession) -> bool:
+    """Whether all who write rows have committed; none of them begins until this transaction ends. False: it was rolled back."""
     await db.execute(text(f"SET LOCAL lock_timeout = {PASSAGE_TIMEOUT_MS}"))
     try:
         await db.execute(text("SELECT pg_advisory_xact_lock(hashtext('mojomesh.snapshot'))"))

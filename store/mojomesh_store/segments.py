@@ -41,7 +41,8 @@ _NAMES = ", ".join(Segment._fields)
 _UNSEALED = text("""
     WITH seconds AS (
         SELECT date_trunc('second', created_at) AS second, count(*) AS n FROM store.feature_rows
-        WHERE feature_set = :feature_set AND created_at <= :watermark AND created_at > coalesce(:follows, '-infinity'::timestamptz)
+        WHERE feature_set = :feature_set AND created_at <= :watermark
+            AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
         GROUP BY 1
     ), growing AS (
         SELECT second, sum(n) OVER (ORDER BY second) AS n FROM seconds
@@ -82,7 +83,8 @@ async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None,
     found = await db.execute(
         text("""
             SELECT count(*), coalesce(sum(seq), 0)::bigint FROM store.feature_rows
-            WHERE feature_set = :feature_set AND created_at <= :until AND created_at > coalesce(:follows, '-infinity'::timestamptz)
+            WHERE feature_set = :feature_set AND created_at <= :until
+                AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
         """),
         {"feature_set": feature_set, "follows": follows, "until": until},
     )

@@ -14,7 +14,7 @@ from uhashring import HashRing
 from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_store import rows
-from mojomesh_store.errors import ShardAway
+from mojomesh_store.errors import Moved, ShardAway, TooFewShards
 
 _UP = Gauge("mojomesh_shard_up", "1 if the shard answered the last look at the service's readiness, else 0", ["shard"])
 
@@ -36,6 +36,7 @@ class ShardRouter:
     """Places entities on shards by consistent hashing: with one more shard, only that shard's share of the entities moves."""
 
     def __init__(self, n_shards: int) -> None:
+        self.n_shards = n_shards
         self._ring = HashRing(nodes=[str(index) for index in range(n_shards)]) if n_shards > 1 else None
 
     def place(self, entity_id: str) -> int:
@@ -64,7 +65,7 @@ class Shard(Database):
             async with asyncio.timeout(None if self._alone else patience_s), super().begin() as db:
                 yield db
         except (TransientError, TimeoutError) as error:
-            if self._alone:
+            if self._alone or isinstance(error, Moved | ShardAway | TooFewShards):
                 raise
             raise ShardAway(
                 f"{self._name} is away, and with it the entities it holds, but no others: {str(error) or 'it did not answer in time'}"
@@ -87,6 +88,44 @@ class FeatureStore:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
         self._router = ShardRouter(len(self.shards))
+
+    @property
+    def n_placed(self) -> int:
+        """On how many shards this process places entities: what a shard says of it counts more, see `check_reading`."""
+        return self._router.n_shards
+
+    async def check_reading(self, db: AsyncSession, shard: Shard) -> None:
+        """Called after reading and before the answer is believed.
+
+        Raises:
+            Moved: The entities are placed otherwise by now; read again.
+            TooFewShards: So that this process cannot reach some.
+        """
+        n_shards = (await db.execute(text("SELECT n_shards FROM store.shard"))).scalar_one()
+        self._check(shard, n_shards)
+
+    async def check_writing(self, db: AsyncSession, shard: Shard) -> None:
+        """Called after `rows.write_time`, which keeps the answer true until the transaction ends.
+
+        Raises:
+            Moved: The entities are placed otherwise by now; write again.
+            TooFewShards: So that this process cannot reach some.
+            ShardAway: The shard is being filled; its entities wait.
+        """
+        asked = text("SELECT coalesce(next_n_shards, n_shards), counts_after = 'infinity' FROM store.shard")
+        n_shards, is_closed = (await db.execute(asked)).one()
+        self._check(shard, n_shards)
+        if is_closed:
+            raise ShardAway(f"shard {shard.number} is being filled, and with it the entities that it will hold have to wait")
+
+    def _check(self, shard: Shard, n_shards: int | None) -> None:
+        # A shard that knows of fewer than we do, but of itself, has not heard yet; the entities that we place there were always there.
+        if n_shards is None or shard.number < n_shards <= self.n_placed:
+            return
+        if n_shards > len(self.shards):
+            raise TooFewShards(f"entities are placed on {n_shards} shards; MOJOMESH_POSTGRES names only {len(self.shards)} of them")
+        self._router = ShardRouter(n_shards)
+        raise Moved(f"entities are placed on {n_shards} shards now", retry_after_s=0.05)
 
     def shard_of(self, entity_id: str) -> Shard:
         return self.shards[self._router.place(entity_id)]
@@ -124,8 +163,14 @@ class FeatureStore:
             PermanentError: `snapshot_time` is later than now.
             TransientError: Some writer is slow; try again.
         """
-        async with self.shards[0].begin() as db:
-            now = await rows.snapshot_clock(db)
+
+        async def clock(shard: Shard) -> datetime:
+            async with shard.begin() as db:
+                with suppress(Moved):  # wherever they are, it sees them
+                    await self.check_reading(db, shard)
+                return await rows.snapshot_clock(db)
+
+        now = max([await clock(shard) for shard in self.shards])
         if snapshot_time is not None and snapshot_time > now:
             raise PermanentError(
                 f"a snapshot of {snapshot_time.isoformat()} is not possible yet: the database's clock says {now.isoformat()}"

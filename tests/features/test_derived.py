@@ -167,7 +167,7 @@ class CountsWhatWasCorrected(WindowReader):
         self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         return [
-            Fact(n, row.event_time, row.entity_id, row.created_at, row.seq, [row.values.get(name) for name in features])
+            Fact(n, row.event_time, row.entity_id, [row.values.get(name) for name in features])
             for n, span in enumerate(spans)
             for row in self.stored
             if row.feature_set == feature_set and span.since <= row.event_time < span.until
@@ -261,7 +261,7 @@ class FromMemory(WindowReader):
         self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         found = [
-            Fact(n, at, entity_id, NOON, 1, [value])
+            Fact(n, at, entity_id, [value])
             for n, span in enumerate(spans)
             for key, at, entity_id, value in self.events
             if (key,) == span.key and span.since <= at < span.until
@@ -271,7 +271,7 @@ class FromMemory(WindowReader):
 
 
 async def test_windows_that_overlap_are_read_once_and_an_event_on_two_shards_counts_once() -> None:
-    store: Any = SimpleNamespace(shards=("one", "two"))
+    store: Any = SimpleNamespace(shards=("one", "two"), n_placed=2, shard_of=lambda entity_id: "two")
     aggregates = [Windowed("w", "sum", "s", "x", "number", ("key",), ("key",), hours * 3_600_000_000) for hours in (1, 9)]
     asked = [(aggregates[n % 2], (f"k{n % 3}",), microseconds(NOON + n * HOUR)) for n in range(60)]
     together = FromMemory(store, Retired())

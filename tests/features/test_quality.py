@@ -13,7 +13,9 @@ from mojomesh_chassis.outbox import Relay
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_contracts.definitions import DefinitionError, FeatureSet, parse_definition
 from mojomesh_contracts.events import QualityBreached
+from mojomesh_features import judging
 from mojomesh_features.judging import OUTBOX, Judge
+from mojomesh_features.quality import QualityWindow
 from mojomesh_store import rows, tallies
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tallies import Odd, Tally
@@ -96,6 +98,18 @@ async def test_a_feed_that_falls_silent_grows_stale(feature_store: FeatureStore,
 
     assert told(breaches, start + 2 * SECOND) == {}
     assert told(breaches, start + 3 * SECOND) == {("freshness", None): 61}
+
+
+async def test_a_time_in_which_nobody_counted_is_not_judged(judge: Judge, feature_store: FeatureStore, start: datetime) -> None:
+    """As when nothing was expected of the set for a while."""
+    long_ago = start - timedelta(days=3)
+    async with feature_store.shards[0].begin() as db:
+        await judging._save(db, QualityWindow("flights", long_ago - SECOND, long_ago, Tally()), [])
+    await came_in(feature_store, start + SECOND, Tally(9, 0, start, {}, {}))
+
+    breaches = await judge.judge()
+
+    assert min(breach.window_to for breach in breaches) == start + SECOND
 
 
 async def test_shards_count_together(new_postgres: Any, publisher: Publisher, start: datetime) -> None:

@@ -1,6 +1,9 @@
 """A shard that is away takes its own entities with it and no others, and says so."""
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,9 +11,17 @@ import pytest
 from sqlalchemy import text
 
 from mojomesh_chassis.database import open_database
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.definitions import Model
-from mojomesh_store.shards import FeatureStore, open_feature_store
-from tests.features.making import NOON, Append
+from mojomesh_features.known import KnownRows
+from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_store import rows
+from mojomesh_store.rebalancing import claim, rebalance
+from mojomesh_store.shards import FeatureStore, ShardRouter, open_feature_store
+from mojomesh_store.vectors import plan_of
+from tests.features.definition import HOUR
+from tests.features.making import NOON, Append, make_event
 
 FLIGHTS = [f"UA{number}" for number in range(20)]
 
@@ -49,11 +60,53 @@ async def test_reads_of_other_entities_go_on_and_its_own_are_refused_with_a_reas
     assert gone and there
     assert all("shard 1 of 3" in answers[entity_id]["away"] for entity_id in gone)
     assert all(answers[entity_id]["values"]["carrier"] == "UA" for entity_id in there)
-    rows = await http.post("/v1/features/flights:batch", json={"rows": [{"entity_id": entity_id} for entity_id in there]})
-    assert [row["entity_id"] for row in rows.json()["rows"]] == there
+    found = await http.post("/v1/features/flights:batch", json={"rows": [{"entity_id": entity_id} for entity_id in there]})
+    assert [row["entity_id"] for row in found.json()["rows"]] == there
     refused = await http.get(f"/v1/features/flights/{gone[0]}")
     assert refused.status_code == 503
     assert "shard 1 of 3" in refused.text
     snapshot = await http.post("/v1/snapshots", json={"model": model.model_dump(mode="json"), "snapshot_time": NOON.isoformat()})
     assert snapshot.status_code == 503
     assert "shard 1 of 3" in snapshot.text
+
+
+class CountingCopies(KnownRows):
+    def _counts(self, sealed: datetime | None) -> str:
+        return super()._counts(sealed) if sealed else "true"
+
+
+@pytest.mark.parametrize(("reading", "factor"), [(KnownRows, 1), (CountingCopies, 2)])
+async def test_a_snapshot_is_the_same_after_its_rows_have_moved(
+    reading: type[KnownRows],
+    factor: int,
+    databases: list[Any],
+    definitions: Definitions,
+    model: Model,
+    objects: Objects,
+    tmp_path: Path,
+) -> None:
+    """The control: copies that count, which doubles the rows of entities that moved."""
+    urls = [database.url for database in databases[:2]]
+    moving = [entity_id for entity_id in FLIGHTS if ShardRouter(2).place(entity_id) == 1]
+    async with AsyncExitStack() as stack:
+        owners = await stack.enter_async_context(open_feature_store([database.owner_url for database in databases[:2]]))
+        await claim(FeatureStore(owners.shards[:1]))
+        await claim(owners)
+        store = await stack.enter_async_context(open_feature_store(urls))
+        async with store.shards[0].begin() as db:
+            for entity_id in moving:
+                await rows.append(db, [make_event("flights", entity_id, NOON, {"distance": 1})])
+                await rows.append(db, [make_event("arrivals", entity_id, NOON + HOUR, {"late": True})])
+        at = await store.pass_snapshot()
+        snapshots = Snapshots(store, urls, objects, tmp_path / "work", "256MB")
+        plan, label = plan_of(model, definitions), label_of(model.label, definitions)
+        before = await snapshots.take(plan, label, at)
+
+        moved = await rebalance(owners)
+        snapshots.rows = reading
+        after = await snapshots.take(plan, label, at)
+
+    assert moved.copied == 2 * len(moving)
+    assert before.n_rows == len(moving)
+    assert after.n_rows == factor * before.n_rows
+    assert (after.digest == before.digest) is (factor == 1)

@@ -29,6 +29,7 @@ from mojomesh_local.migrating import migrate_tables
 from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
 from mojomesh_local.processes import Child
 from mojomesh_store import rows
+from mojomesh_store.rebalancing import rebalance
 from mojomesh_store.shards import Shard, ShardRouter, open_feature_store
 
 PARKED = EventParked.topic.name
@@ -63,6 +64,11 @@ class Shards:
         for process in [leader, *leader.children(recursive=True)]:
             (process.suspend if freeze else process.resume)()
 
+    async def execute(self, statement: str) -> None:
+        for url in self.owner_urls:
+            async with open_database(url) as database, database.begin() as db:
+                await db.execute(text(statement))
+
     async def ids(self, number: int) -> list[UUID]:
         """event_id of every row of a shard, as the server tells whoever asks."""
         async with open_database(self.owner_urls[number]) as database, database.begin() as db:
@@ -88,9 +94,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
 
 @pytest.fixture
 async def shards(started: Shards) -> Shards:
-    for url in started.owner_urls:
-        async with open_database(url) as database, database.begin() as db:
-            await db.execute(text("TRUNCATE store.feature_rows"))
+    await started.execute("TRUNCATE store.feature_rows, store.moved")
+    await started.execute("UPDATE store.shard SET n_shards = 3, counts_after = '-infinity'")
     return started
 
 
@@ -180,7 +185,7 @@ class LosesWhatIsParked(Parking):
 
 
 class LetsOthersOvertake(Parking):
-    async def queues(self) -> set[int]:
+    async def queues(self, n_placed: int) -> set[int]:
         return set()
 
 
@@ -235,3 +240,31 @@ async def test_a_correction_stays_one_when_what_it_corrects_waits_for_its_shard(
     async with open_feature_store(shards.urls) as store, store.shards[place].begin() as db:
         ((newest, _),) = await rows.newest_of_many(db, "flights", ["UA1545"], 2)
     assert newest.values == {"distance": last}
+
+
+async def test_a_shard_added_while_events_come_in_keeps_the_ledger(world: Any, shards: Shards, ingest: httpx.AsyncClient) -> None:
+    await shards.execute("UPDATE store.shard SET n_shards = 2")
+    ledger: list[EventReceived] = []
+    done = asyncio.Event()
+
+    async def go_on_sending() -> None:
+        while not done.is_set() or len(ledger) < 3_000:
+            events = world.make_events(300)
+            ledger.extend(events)
+            await world.records.publish(*events)
+
+    sending = asyncio.create_task(go_on_sending())
+    await asyncio.sleep(0.5)
+    async with open_feature_store(shards.owner_urls) as owners:
+        rebalanced = await rebalance(owners)
+    done.set()
+    await sending
+    await until_stored(world)
+
+    assert rebalanced.added == [2]
+    for number in range(3):
+        async with open_database(shards.owner_urls[number]) as database, database.begin() as db:
+            found = (await db.execute(text("SELECT entity_id, event_id FROM store.feature_rows"))).all()
+        placed = Counter(event_id for entity_id, event_id in found if ShardRouter(3).place(entity_id) == number)
+        assert placed == Counter(of_shard(ledger, number))
+    assert await world.buried() == []

@@ -30,6 +30,7 @@ from mojomesh_store.tallies import Tally
 OUTBOX = outbox_table(MetaData(schema="features"))
 LOOK_S = 1.0
 KEPT = timedelta(days=90)
+CATCH_UP = timedelta(days=1)  # a longer time without a tally or a judge is not judged: perhaps nothing was expected then
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -63,10 +64,13 @@ class Judge:
             if not await _take_turn(db, name):
                 return None
             now = await rows.snapshot_clock(db)
-            if (last := await _last(db, name)) is None:
+            last = await _last(db, name)
+            if last is None or now - last.window_to > quality.window + CATCH_UP:
                 begin = await self._begin(name, quality, now)
-                await _save(db, QualityWindow(name, begin, begin, Tally()), [])
-                return []
+                if last is None or begin - last.window_to > CATCH_UP:
+                    newest = last.tally.newest_event_time if last else None
+                    await _save(db, QualityWindow(name, begin, begin, Tally(newest_event_time=newest)), [])
+                    return []
             if (until := last.window_to + quality.window) > now:
                 return None
             await self._feature_store.pass_snapshot(until)

@@ -6,6 +6,7 @@ import heapq
 from mojomesh_features.retiring import Retired
 from mojomesh_store import embeddings
 from mojomesh_store.embeddings import Asked, Near
+from mojomesh_store.errors import Moved
 from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore, Shard
 
@@ -33,7 +34,10 @@ class Neighbours:
             self._retired.check_known(asked.feature_set, None)
             await self._feature_store.pass_snapshot(asked.snapshot_time)
 
-        found = await asyncio.gather(*(self._on(shard, asked, exact) for shard in self._feature_store.shards))
+        try:
+            found = await asyncio.gather(*(self._on(shard, asked, exact) for shard in self._feature_store.shards))
+        except Moved:
+            return await self.nearest(asked, as_known_then, exact)
         return heapq.nsmallest(asked.k, (near for part in found for near in part), key=lambda near: (near.distance, near.entity_id))
 
     async def _on(self, shard: Shard, asked: Asked, exact: bool) -> list[Near]:
@@ -42,6 +46,7 @@ class Neighbours:
         while True:
             async with shard.begin() as db:
                 found = await embeddings.nearest(db, asked._replace(k=k), exact)
+                await self._feature_store.check_reading(db, shard)
             own = [near for near in found if self._feature_store.shard_of(near.entity_id) is shard]
             if len(own) >= asked.k or len(found) < k:
                 return own

@@ -13,6 +13,7 @@ from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.retiring import Retired
 from mojomesh_features.windows import PATIENCE_S, WindowReader
 from mojomesh_store import rows
+from mojomesh_store.errors import Moved
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.vectors import AsOf, Plan, Vector, vectors
@@ -132,7 +133,9 @@ class FeatureReader:
         async def load_part(shard: Shard, feature_set: str, part: list[Thing]) -> dict[Thing, Answer | TransientError]:
             try:
                 async with shard.begin(PATIENCE_S) as db:
-                    return dict(zip(part, await load(db, feature_set, part), strict=True))
+                    answers = await load(db, feature_set, part)
+                    await self._feature_store.check_reading(db, shard)
+                return dict(zip(part, answers, strict=True))
             except TransientError as error:
                 return dict.fromkeys(part, error)
 
@@ -141,7 +144,11 @@ class FeatureReader:
             feature_set, entity_id = entity_of(thing)
             parts.setdefault((self._feature_store.shard_of(entity_id), feature_set), []).append(thing)
         loaded = await asyncio.gather(*(load_part(shard, feature_set, part) for (shard, feature_set), part in parts.items()))
-        return {thing: answer for part in loaded for thing, answer in part.items()}
+        found = {thing: answer for part in loaded for thing, answer in part.items()}
+        if moved := [thing for thing, answer in found.items() if isinstance(answer, Moved)]:
+            again: dict[Thing, Answer | TransientError] = await self._of_shards(moved, entity_of, load)
+            found |= again
+        return found
 
 
 def _all_of(found: Mapping[AsOf, Found]) -> dict[AsOf, OnlineRow | None]:

@@ -58,12 +58,12 @@ def write_segment(shard_url: str, extent: Extent, columns: Mapping[str, str], to
     Reading is one COPY out of PostgreSQL; vectors are taken apart by DuckDB, which also sorts, within its bound of memory.
     """
     names = ", ".join(f"'{name}'" for name in columns)
-    after = "" if extent.follows is None else f"AND created_at > '{extent.follows.isoformat()}'"
+    follows = "(SELECT counts_after FROM store.shard)" if extent.follows is None else f"'{extent.follows.isoformat()}'"
     query = f"""
         SELECT entity_id, event_time, reported_at, created_at, seq, event_id::text AS event_id, "values"::text AS vector,
             nullif("values" - ARRAY[{names}]::text[], '{{}}')::text AS {OTHER}
         FROM store.feature_rows
-        WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' {after}
+        WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' AND created_at > {follows}
     """
     shape = json_shape({name: DUCKDB_TYPES[kind] for name, kind in columns.items()})
     parsed = f"from_json(vector, '{shape}')" if columns else "NULL"

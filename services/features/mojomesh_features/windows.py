@@ -10,6 +10,7 @@ from mojomesh_chassis.errors import TransientError
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.aggregating import Facts, Values, aggregated
 from mojomesh_features.retiring import Retired
+from mojomesh_store.errors import Moved
 from mojomesh_store.facts import Fact, Span, facts_of
 from mojomesh_store.online import microseconds, moment
 from mojomesh_store.shards import FeatureStore, Shard
@@ -40,30 +41,42 @@ class WindowReader:
             self._retired.check(aggregate.feature_set, at_us - aggregate.window_us)
             # What is found by its entity lies on one shard, anything else on all.
             entity_id = next((part for name, part in zip(aggregate.theirs, key, strict=True) if name is None), None)
-            shards = self._feature_store.shards if entity_id is None else (self._feature_store.shard_of(entity_id),)
+            everywhere = self._feature_store.shards[: self._feature_store.n_placed]
+            shards = everywhere if entity_id is None else (self._feature_store.shard_of(entity_id),)
             alike[aggregate.feature_set, aggregate.theirs, shards].append(window)
         answers: dict[WindowAsked, FeatureValue] = {}
+        again: list[WindowAsked] = []
         for (feature_set, by, shards), windows in alike.items():
             try:
                 answers |= await self._read(feature_set, by, shards, windows)
+            except Moved:
+                again += windows
             except TransientError as error:
                 away.append(error)
-        return answers
+        return answers | await self.at(again, away) if again else answers
 
     async def _read(
         self, feature_set: str, by: Sequence[str | None], shards: Sequence[Shard], asked: Sequence[WindowAsked]
     ) -> dict[WindowAsked, FeatureValue]:
         kinds = {aggregate.feature: aggregate.kind for aggregate, _, _ in asked if aggregate.feature is not None}
         spans, numbers = _spans(asked)
+        n_placed = self._feature_store.n_placed
         parts = await asyncio.gather(*(self.found(shard, feature_set, by, list(kinds), spans) for shard in shards))
-        return await asyncio.to_thread(_aggregated, asked, numbers, _facts([fact for part in parts for fact in part], kinds))
+        if self._feature_store.n_placed != n_placed:
+            raise Moved("entities were placed otherwise while some shards had answered")
+        # While entities move their events are on two shards: those count that are where the entity is.
+        place = self._feature_store.shard_of
+        found = [fact for shard, part in zip(shards, parts, strict=True) for fact in part if place(fact.entity_id) is shard]
+        return await asyncio.to_thread(_aggregated, asked, numbers, _facts(found, kinds))
 
     async def found(
         self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         """The events of a shard in each span, in no order."""
         async with shard.begin(PATIENCE_S) as db:
-            return await facts_of(db, feature_set, by, features, spans)
+            facts = await facts_of(db, feature_set, by, features, spans)
+            await self._feature_store.check_reading(db, shard)
+            return facts
 
 
 def _spans(asked: Sequence[WindowAsked]) -> tuple[list[Span], dict[WindowAsked, int]]:
@@ -82,8 +95,8 @@ def _spans(asked: Sequence[WindowAsked]) -> tuple[list[Span], dict[WindowAsked, 
 
 
 def _facts(found: list[Fact], kinds: Mapping[str, str | None]) -> Facts:
-    """As columns, in order; the number of its span is a fact's key. What two shards have, while entities move, counts once."""
-    found = list({fact[:3]: fact for fact in sorted(found, key=lambda fact: fact[:5])}.values())
+    """As columns, in order; the number of its span is a fact's key."""
+    found.sort(key=lambda fact: fact[:3])
     columns: dict[str, Values] = {
         name: np.array([fact.values[place] for fact in found], dtype=object if kind == "category" else np.float64)
         for place, (name, kind) in enumerate(kinds.items())

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import Counter
 
-from mojomesh_chassis.database import Database
 from mojomesh_contracts.definitions import FeatureSet, Quality
 from mojomesh_contracts.events import EventReceived
 from mojomesh_ingest import quarantine
 from mojomesh_store import embeddings, rows, tallies
 from mojomesh_store.rows import RowId, row_id
-from mojomesh_store.shards import FeatureStore
+from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.tables import FeatureRow
 from mojomesh_store.tallies import Tally
 
@@ -63,11 +62,16 @@ async def _settled(events: Sequence[EventReceived], feature_store: FeatureStore)
 
 
 async def append(
-    shard: Database, events: Sequence[EventReceived], problems: Problems, feature_sets: Mapping[str, FeatureSet]
+    feature_store: FeatureStore,
+    shard: Shard,
+    events: Sequence[EventReceived],
+    problems: Problems,
+    feature_sets: Mapping[str, FeatureSet],
 ) -> list[FeatureRow]:
     """Store events of one shard, and count what is new of the feature sets that something is expected of."""
     async with shard.begin() as db:
         created_at = await rows.write_time(db)
+        await feature_store.check_writing(db, shard)
         stored, new = await rows.append_at(db, events, created_at)
         await embeddings.save(db, events, new, feature_sets)
         counts: dict[str, Tally] = {}

@@ -13,6 +13,7 @@ from mojomesh_contracts.events import Event, EventParked, EventReceived, Feature
 from mojomesh_contracts.validation import problem_of
 from mojomesh_ingest import checking
 from mojomesh_ingest.parking import Parking
+from mojomesh_store.errors import Moved, TooFewShards
 from mojomesh_store.rows import row_id
 from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.tables import FeatureRow
@@ -46,7 +47,7 @@ async def on_events_received(
     parts = feature_store.split(events)
     if len(feature_store.shards) == 1:
         return await _store(feature_store, *parts[0], feature_sets)
-    waiting = await parking.queues()
+    waiting = await parking.queues(feature_store.n_placed)
     storing: dict[Shard, Awaitable[list[Event]]] = {
         shard: asyncio.wait_for(_store(feature_store, shard, part, feature_sets), PATIENCE_S)
         for shard, part in parts
@@ -58,6 +59,8 @@ async def on_events_received(
         match outcomes.get(shard):
             case list(announced):
                 following += announced
+            case Moved() | TooFewShards() as error:
+                raise error
             case None | TransientError() | TimeoutError() as error:
                 following += parking.park(shard, part, error)
             case BaseException() as error:
@@ -79,7 +82,7 @@ async def _store(
     """Store events of one shard; what announces them."""
     odd = checking.problems_of(events, feature_sets)
     held = await checking.hold_back(events, odd, feature_sets, feature_store)
-    stored = await checking.append(shard, [event for event in events if row_id(event) not in held], odd, feature_sets)
+    stored = await checking.append(feature_store, shard, [event for event in events if row_id(event) not in held], odd, feature_sets)
     return [announcement(row) for row in stored]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import Counter
 
 from mojomesh_chassis.consuming import Follower
+from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.events import EventParked, EventReceived
 from mojomesh_store.shards import Shard
@@ -26,14 +27,18 @@ class Parking(Follower):
     def __init__(self) -> None:
         self._handled: dict[int, int] = {}  # of each queue, when it was last looked at
         self._waited_at = -WAIT_EVERY_S
+        self._n_placed = 0
 
-    async def queues(self) -> set[int]:
+    async def queues(self, n_placed: int) -> set[int]:
         """The partitions in which events wait; what comes for their shards must queue behind, or it would overtake.
 
         A short queue that is getting shorter is waited for, for a moment and not always: under a steady stream it would never be empty.
 
+        Args:
+            n_placed: On how many shards entities are placed now.
+
         Raises:
-            TransientError: Kafka does not say.
+            TransientError: Kafka does not say; or entities are placed otherwise than before, and some wait where they were placed then.
         """
         assert self._followed is not None
         until = time.monotonic() + WAIT_S if time.monotonic() > self._waited_at + WAIT_EVERY_S else 0.0
@@ -47,6 +52,9 @@ class Parking(Follower):
             self._waited_at = time.monotonic()
             await asyncio.sleep(0.02)
         self._handled = {queue: handled for queue, (handled, _) in found.items()}
+        if 0 < self._n_placed < n_placed and any(queue < self._n_placed for queue in waiting):
+            raise TransientError("entities were moved, and events of theirs wait for the shard that they were on", retry_after_s=0.1)
+        self._n_placed = n_placed
         return waiting
 
     def queue_of(self, shard: Shard) -> int:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_features.segments import Config, duckdb_config, n_rows_of, read_segment, rows_of_entity, write_without
-from mojomesh_store import erasure, segments
+from mojomesh_store import erasure, retirement, segments
 from mojomesh_store.segments import Segment
 from mojomesh_store.shards import FeatureStore
 
@@ -46,6 +46,7 @@ class Eraser:
             async with AsyncExitStack() as stack:
                 shards = [await stack.enter_async_context(shard.begin()) for shard in self._feature_store.shards]
                 for db in shards:
+                    await retirement.wait_turn(db)
                     await segments.wait_turn(db, feature_set)
                 n_rows = sum([await erasure.forget_rows(db, feature_set, entity_id) for db in shards])
                 n_segments = await self._rewrite_all(shards, feature_set, entity_id, folder)

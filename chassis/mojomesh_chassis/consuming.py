@@ -44,7 +44,8 @@ OUTAGES = (ConnectionError, TimeoutError, httpx.TransportError, redis.Connection
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 Handler = Callable[..., Awaitable[Sequence[Event | EncodedEvent] | None]]
-Delivery = tuple[ConsumerRecord, Event]
+Delivery = tuple[ConsumerRecord, Any]
+Read = Callable[[bytes], Any]
 Refusal = tuple[ConsumerRecord, Exception]
 
 
@@ -57,6 +58,9 @@ class Subscription:
     handler: Handler
     batch: int
     broadcast: bool
+    read: Read
+    members: int = 1
+    apart: bool = False
 
     @property
     def group(self) -> str | None:
@@ -71,20 +75,31 @@ class MeshRouter:
         self.service = service
         self.subscriptions: list[Subscription] = []
 
-    def work(self, event: type[AnyEvent], *, batch: int = 1) -> Callable[[Handler], Handler]:
+    def work(
+        self, event: type[AnyEvent], *, batch: int = 1, read: Read | None = None, members: int = 1, apart: bool = False
+    ) -> Callable[[Handler], Handler]:
         """Subscribe as one of the service's replicas: each record is handled by one of them, at least once.
 
         The handler gets a list of at most `batch` events, in order within a key, and returns the events that follow.
+
+        Args:
+            read: Makes what the handler gets of a record's bytes, or raises Pydantic's `ValidationError`; by default the event.
+            members: Of the group, in this process; each has partitions of its own, and one handles a batch while others wait for Kafka.
+            apart: A list is of one partition, and partitions do not wait for each other: while one is handled, or has to wait, it is
+                paused and the others go on.
         """
-        return self._subscribe(event, batch, broadcast=False)
+        return self._subscribe(event, batch, broadcast=False, read=read, members=members, apart=apart)
 
     def broadcast(self, event: type[AnyEvent], *, batch: int = 100) -> Callable[[Handler], Handler]:
         """Subscribe as every replica: each reads the topic from its beginning, and work starts when it has caught up."""
         return self._subscribe(event, batch, broadcast=True)
 
-    def _subscribe(self, event: type[Event], batch: int, broadcast: bool) -> Callable[[Handler], Handler]:
+    def _subscribe(
+        self, event: type[Event], batch: int, broadcast: bool, read: Read | None = None, members: int = 1, apart: bool = False
+    ) -> Callable[[Handler], Handler]:
         def subscribe(handler: Handler) -> Handler:
-            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast))
+            read_event = read or event.model_validate_json
+            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast, read_event, members, apart))
             return handler
 
         return subscribe
@@ -97,10 +112,14 @@ class Consumer:
     subscription: Subscription
     publisher: Publisher
     resources: dict[str, Any]
+    asker: AIOKafkaConsumer
+    member: int = 0
     kafka: AIOKafkaConsumer | None = None
     _outages: int = 0  # in a row
     _bugs: int = 0  # in a row, whatever outages were between
     _handled: dict[TopicPartition, int] = field(default_factory=dict)
+    _apart: "dict[TopicPartition, Consumer]" = field(default_factory=dict)
+    _under_way: set["asyncio.Task[None]"] = field(default_factory=set)
 
     async def consume(self, records: Sequence[ConsumerRecord]) -> None:
         """Handle records, publish what follows, commit; or leave the offsets where they are and read again later."""
@@ -128,19 +147,64 @@ class Consumer:
                 self._fault("after_publish")
                 await self._commit(records)
 
+    def consume_apart(self, records: Sequence[ConsumerRecord]) -> None:
+        """Begin to handle the records of each partition for itself; it is paused until they are, so one batch of it is in memory."""
+        for partition in {TopicPartition(record.topic, record.partition): None for record in records}:
+            self._set_paused(partition, True)
+            part = [record for record in records if record.partition == partition.partition]
+            task = asyncio.create_task(self._consume_part(partition, part))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+    async def let_go(self) -> None:
+        """Give up what is under way apart; its offsets are not committed, so it is read again."""
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _consume_part(self, partition: TopicPartition, records: Sequence[ConsumerRecord]) -> None:
+        of_one = self._apart.setdefault(partition, Consumer(self.subscription, self.publisher, self.resources, self.asker))
+        of_one.kafka = self.kafka
+        await of_one.consume(records)
+        self._set_paused(partition, False)
+
+    def _set_paused(self, partition: TopicPartition, paused: bool) -> None:
+        assert self.kafka is not None
+        if partition in self.kafka.assignment():  # else its new owner reads it
+            (self.kafka.pause if paused else self.kafka.resume)(partition)
+
+    async def left(self) -> dict[int, tuple[int, int]]:
+        """By partition, how many records the group has handled, whichever members did, and how many there are; both from offset 0.
+
+        Raises:
+            TransientError: Kafka does not say.
+        """
+        topic = self.subscription.event.topic
+        partitions = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
+        while (kafka := self.kafka) is None:
+            await asyncio.sleep(0.01)
+        try:
+            ends = await self.asker.end_offsets(partitions)
+            handled = await asyncio.gather(*(kafka.committed(partition) for partition, end in ends.items() if end))
+        except KafkaError as error:
+            raise TransientError(f"Kafka does not say how much of {topic.name} is handled: {error!r}") from error
+        begun = [partition for partition, end in ends.items() if end]
+        return {partition.partition: (done or 0, ends[partition]) for partition, done in zip(begun, handled, strict=True)}
+
     async def caught_up(self) -> None:
         """Wait until everything that is in the topic now has been handled.
 
         Raises:
             TransientError: Kafka does not say what is in the topic.
         """
-        kafka = await self._assigned()
+        partitions = (await self._assigned()).assignment()
         try:
-            ends = await kafka.end_offsets(kafka.assignment())
-            begins = await kafka.beginning_offsets(list(ends))
+            ends = await self.asker.end_offsets(partitions)
+            unread = [partition for partition in partitions if partition not in self._handled]
+            begins = await self.asker.beginning_offsets(unread) if unread else {}
         except KafkaError as error:
             raise TransientError(f"Kafka does not say how far {self.subscription.event.topic.name} goes: {error!r}") from error
-        while any(self._handled.get(partition, begins[partition]) < end for partition, end in ends.items()):
+        while any(self._handled.get(partition, begins.get(partition, 0)) < end for partition, end in ends.items()):
             await asyncio.sleep(0.01)
 
     async def _assigned(self) -> AIOKafkaConsumer:
@@ -158,7 +222,7 @@ class Consumer:
                 bad.append((record, PermanentError(f"{len(value)} bytes; {event.topic.name} takes at most {event.topic.max_bytes}")))
                 continue
             try:
-                decoded.append((record, event.model_validate_json(value)))
+                decoded.append((record, self.subscription.read(value)))
             except ValidationError as error:
                 bad.append((record, PermanentError(f"no valid {event.__name__}: {faults_of(error)}")))
         return decoded, bad
@@ -186,7 +250,7 @@ class Consumer:
         _CONSUMED.labels(self.subscription.event.topic.name, "handled").inc(len(batch))
         return []
 
-    async def _handle(self, events: list[Event]) -> None:
+    async def _handle(self, events: list[Any]) -> None:
         following = await self.subscription.handler(events, **self.resources)
         self._fault("after_handler")
         await self.publisher.publish(following or [])
@@ -227,7 +291,8 @@ class Consumer:
                 log.info("partition_gone", topic=partition.topic, partition=partition.partition)  # its new owner reads it again
 
     async def _commit(self, records: Sequence[ConsumerRecord]) -> None:
-        nexts = {TopicPartition(record.topic, record.partition): record.offset + 1 for record in records}
+        offsets = {record.partition: record.offset + 1 for record in records}
+        nexts = {TopicPartition(records[0].topic, partition): offset for partition, offset in offsets.items()}
         kafka = await self._assigned()
         if not self.subscription.broadcast:
             try:
@@ -255,35 +320,51 @@ async def consuming(
         TransientError: Nobody answers as Kafka, or it lacks a topic.
     """
     broker = KafkaBroker(settings.kafka, apply_types=False, logger=None, graceful_timeout=30, parser=None, allow_auto_create_topics=False)
-    consumers = [_consumer(subscription, publisher, resources) for subscription in router.subscriptions]
-    await require_topics(settings.kafka, [subscription.event.topic.name for subscription in router.subscriptions])
-    await broker.connect()
+    # Kafka answers a connection's requests one by one: asked over that of a consumer, it would answer when its fetch ends, 0.5 s later.
+    asker = AIOKafkaConsumer(bootstrap_servers=settings.kafka, isolation_level="read_committed")
+    consumers: list[Consumer] = []
     try:
+        consumers += [
+            _consumer(subscription, publisher, resources, asker, member)
+            for subscription in router.subscriptions
+            for member in range(subscription.members)
+        ]
+        await require_topics(settings.kafka, [subscription.event.topic.name for subscription in router.subscriptions])
+        await asker.start()
+        await broker.connect()
         await broker.start()
         broadcasts = [consumer for consumer in consumers if consumer.subscription.broadcast]
         for consumer in broadcasts:
             await _start(broker, consumer, settings, slot)
-        for consumer in broadcasts:
+        for consumer in consumers:
             for resource in resources.values():
-                if isinstance(resource, CatchesUp) and resource.event is consumer.subscription.event:
+                if isinstance(resource, Follower) and resource.event is consumer.subscription.event:
                     resource.follow(consumer)
+        for consumer in broadcasts:
             await consumer.caught_up()
         await asyncio.gather(*(_start(broker, consumer, settings, slot) for consumer in consumers if not consumer.subscription.broadcast))
         health.add("kafka", publisher.ping)
         yield
     finally:
+        for consumer in consumers:
+            await consumer.let_go()
         await broker.stop()
+        await asker.stop()
 
 
-class CatchesUp:
-    """A resource filled by a broadcast topic; `await caught_up()` makes it know all that is in the topic at the call."""
+class Follower:
+    """A resource that needs to know how far the service is with a topic that it consumes."""
 
     event: type[Event]
     _followed: Consumer | None = None
 
     def follow(self, consumer: Consumer) -> None:
-        """Called by `consuming` with what fills this resource."""
+        """Called by `consuming` with the consumer of the topic."""
         self._followed = consumer
+
+
+class CatchesUp(Follower):
+    """A resource filled by a broadcast topic; `await caught_up()` makes it know all that is in the topic at the call."""
 
     async def caught_up(self) -> None:
         """Wait until everything that is in the topic now is known here."""
@@ -291,22 +372,25 @@ class CatchesUp:
             await self._followed.caught_up()
 
 
-def _consumer(subscription: Subscription, publisher: Publisher, resources: dict[str, Any]) -> Consumer:
+def _consumer(
+    subscription: Subscription, publisher: Publisher, resources: dict[str, Any], asker: AIOKafkaConsumer, member: int
+) -> Consumer:
     named = list(inspect.signature(subscription.handler).parameters)[1:]
     if missing := [name for name in named if name not in resources]:
         raise TypeError(f"{subscription.handler.__name__} asks for {', '.join(missing)}, which `consuming` was not given")
-    return Consumer(subscription, publisher, {name: resources[name] for name in named})
+    return Consumer(subscription, publisher, {name: resources[name] for name in named}, asker, member)
 
 
 async def _start(broker: KafkaBroker, consumer: Consumer, settings: MeshSettings, slot: str) -> None:
     subscription = consumer.subscription
+    member = f"{slot}.{consumer.member}" if consumer.member else slot
     subscriber = broker.subscriber(
         subscription.event.topic.name,
         batch=True,
         max_records=subscription.batch,
         batch_timeout_ms=25,
         group_id=subscription.group,
-        group_instance_id=None if subscription.broadcast else f"{subscription.group}-{settings.replica}-{slot}",
+        group_instance_id=None if subscription.broadcast else f"{subscription.group}-{settings.replica}-{member}",
         ack_policy=AckPolicy.MANUAL,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
@@ -320,7 +404,10 @@ async def _start(broker: KafkaBroker, consumer: Consumer, settings: MeshSettings
 
     async def consume(records: Sequence[ConsumerRecord]) -> None:
         consumer.kafka = subscriber.consumer
-        await consumer.consume(records)
+        if subscription.apart:
+            consumer.consume_apart(records)
+        else:
+            await consumer.consume(records)
 
     subscriber(consume)
     await subscriber.start()

@@ -59,7 +59,7 @@ def dead_letter(record: ConsumerRecord, service: str, reason: str) -> Record:
     if value is not None and len(value) > MAX_VALUE_BYTES:
         about[CUT] = str(len(value))
         value = value[:MAX_VALUE_BYTES]
-    return _buried_in(record.topic), record.key, value, [*_original(record.headers), *_as_headers(about)]
+    return Record(_buried_in(record.topic), record.key, value, [*_original(record.headers), *_as_headers(about)])
 
 
 async def read_dead_letters(kafka: str, topics: Sequence[Topic]) -> list[DeadLetter]:
@@ -92,12 +92,12 @@ async def replay(publisher: Publisher, letters: Sequence[DeadLetter]) -> None:
     """
     if cut := [letter.letter_id for letter in letters if letter.cut_from_bytes is not None]:
         raise PermanentError(f"{', '.join(cut)}: too large to be kept whole, so it cannot be replayed from here")
-    await publisher.send([(letter.topic, letter.key, letter.value, letter.headers) for letter in letters])
+    await publisher.send([Record(letter.topic, letter.key, letter.value, letter.headers) for letter in letters])
     now = datetime.now(UTC).isoformat()
     notes: list[Record] = []
     for letter in letters:
         about = {TOPIC: letter.topic, PARTITION: str(letter.partition), OFFSET: str(letter.offset), REPLAYED_AT: now}
-        notes.append((_buried_in(letter.topic), b"", None, _as_headers(about)))
+        notes.append(Record(_buried_in(letter.topic), b"", None, _as_headers(about)))
     await publisher.send(notes)
 
 

@@ -1,5 +1,6 @@
 """The object store: a local folder or S3, by URL."""
 
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -74,6 +75,11 @@ class Objects:
         except (NotFoundError, FileNotFoundError):
             return False
         return True
+
+    async def delete(self, key: str) -> None:
+        """Remove an object; nothing, if there is none."""
+        with suppress(NotFoundError, FileNotFoundError):
+            await obstore.delete_async(self._store, key)
 
     async def list(self, prefix: str) -> list[str]:
         """The keys under a folder, sorted."""

@@ -5,8 +5,9 @@ The columns are named as Debezium's outbox router expects them, so that change d
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from uuid import UUID
 
 import orjson
 from sqlalchemy import BigInteger, Column, DateTime, Identity, Index, MetaData, Table, Text, Uuid, delete, func, select, update
@@ -17,7 +18,7 @@ from mojomesh_chassis.database import Database
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.health import Health
-from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.publishing import Publisher, Record
 from mojomesh_chassis.telemetry import log, trace_headers
 from mojomesh_contracts.events import Event
 
@@ -45,8 +46,12 @@ def outbox_table(metadata: MetaData) -> Table:
     )
 
 
-async def save_events(db: AsyncSession, outbox: Table, events: Sequence[Event]) -> None:
-    """Save `events` to be sent once this transaction is committed; one that is there already is sent again.
+def _own_id(event: Event) -> UUID:
+    return event.event_id
+
+
+async def save_events(db: AsyncSession, outbox: Table, events: Sequence[Event], id_of: Callable[[Event], UUID] = _own_id) -> None:
+    """Save `events` to be sent once this transaction is committed; one that is there already (by `id_of`) is sent again.
 
     Raises:
         PermanentError: An event is larger than its topic allows. Found later, it would hold up all that come after it.
@@ -56,7 +61,7 @@ async def save_events(db: AsyncSession, outbox: Table, events: Sequence[Event]) 
         if (size := len(orjson.dumps(payload))) > event.topic.max_bytes:
             raise PermanentError(f"too large: {size} bytes, {event.topic.name} takes {event.topic.max_bytes}")
         row = insert(outbox).values(
-            id=event.event_id,
+            id=id_of(event),
             aggregatetype=event.topic.name,
             aggregateid=event.partition_key,
             type=type(event).__name__,
@@ -115,7 +120,7 @@ class Relay:
                 return 0
             await self._publisher.send(
                 [
-                    (topic, key.encode(), orjson.dumps(payload), [(name, text.encode()) for name, text in headers.items()])
+                    Record(topic, key.encode(), orjson.dumps(payload), [(name, text.encode()) for name, text in headers.items()])
                     for _, topic, key, payload, headers in rows
                 ]
             )

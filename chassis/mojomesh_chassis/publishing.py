@@ -5,6 +5,7 @@ from collections import Counter as Tally
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 from aiokafka import AIOKafkaProducer
@@ -29,8 +30,16 @@ from mojomesh_contracts.topics import Topic
 
 _PUBLISHED = Counter("mojomesh_events_published_total", "Events acknowledged by Kafka", ["topic"])
 
-Record = tuple[str, bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
-"""Topic, key, value, headers."""
+
+class Record(NamedTuple):
+    """What Kafka gets."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    partition: int | None = None  # the key decides
+
 
 FEW = 50  # records of one call that are not worth batches of their own
 MAX_REQUEST_BYTES = 8 * 2**20  # above every topic's max_bytes: Kafka decides what is too large, not this client
@@ -45,6 +54,7 @@ class EncodedEvent:
     event_id: UUID
     partition_key: str
     value: bytes
+    partition: int | None = None
 
 
 class Publisher:
@@ -63,7 +73,9 @@ class Publisher:
             PermanentError: An event is larger than its topic allows.
         """
         carried = [(name, value.encode()) for name, value in {**trace_headers(), **(headers or {})}.items()]
-        await self.send([(event.topic.name, event.partition_key.encode(), _value(event), carried) for event in events])
+        await self.send(
+            [Record(event.topic.name, event.partition_key.encode(), _value(event), carried, event.partition) for event in events]
+        )
 
     async def send(self, records: Sequence[Record]) -> None:
         """The same for records as they are, as dead letters are.
@@ -76,7 +88,7 @@ class Publisher:
             return
         producer = await self._open()
         # aiokafka takes a record without key and value, as a dead letter may be, in a batch only.
-        by_batches = len(records) > FEW or any(key is None and value is None for _, key, value, _ in records)
+        by_batches = len(records) > FEW or any(record.key is None and record.value is None for record in records)
         try:
             await asyncio.gather(*(await _sending_many(producer, records) if by_batches else await _sending(producer, records)))
         except _BROKEN_FOR_GOOD as error:
@@ -87,7 +99,7 @@ class Publisher:
             raise PermanentError(f"too large for its topic: {error}") from error
         except KafkaError as error:
             raise TransientError(f"Kafka at {self._kafka} did not acknowledge: {error!r}") from error
-        for topic, n in Tally(record[0] for record in records).items():
+        for topic, n in Tally(record.topic for record in records).items():
             _PUBLISHED.labels(topic).inc(n)
 
     async def ping(self) -> None:
@@ -130,7 +142,10 @@ class Publisher:
 async def _sending(producer: AIOKafkaProducer, records: Sequence[Record]) -> list[Awaitable[object]]:
     """Records one by one: they share Kafka's batches with those of other calls."""
     # send() waits while its buffer is full, so memory is bounded.
-    return [await producer.send(topic, value, key=key, headers=headers) for topic, key, value, headers in records]
+    return [
+        await producer.send(topic, value, key=key, headers=headers, partition=partition)
+        for topic, key, value, headers, partition in records
+    ]
 
 
 async def _sending_many(producer: AIOKafkaProducer, records: Sequence[Record]) -> list[Awaitable[object]]:
@@ -138,10 +153,10 @@ async def _sending_many(producer: AIOKafkaProducer, records: Sequence[Record]) -
     sent: list[Awaitable[object]] = []
     n_partitions: dict[str, int] = {}
     filling: dict[tuple[str, int], BatchBuilder] = {}
-    for topic, key, value, headers in records:
+    for topic, key, value, headers, partition in records:
         if topic not in n_partitions:
             n_partitions[topic] = len(await producer.partitions_for(topic))
-        place = topic, _partition_of(key, n_partitions[topic])
+        place = topic, _partition_of(key, n_partitions[topic]) if partition is None else partition
         if (batch := filling.get(place)) is None:
             batch = filling[place] = producer.create_batch()
         if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:  # it is full

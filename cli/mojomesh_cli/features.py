@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
+from mojomesh_chassis.errors import NotFound
 from mojomesh_cli.calls import call
 from mojomesh_cli.connection import DEFAULT_STATE, State, calling, mesh_env
 from mojomesh_cli.console import AsJson, out, print_json
@@ -26,11 +27,14 @@ def why(prediction_id: PredictionId, state: State = DEFAULT_STATE, as_json: AsJs
         prediction = receipt(features, prediction_id)
         path = f"/v1/models/{quote(prediction['model'], safe='')}/versions/{prediction['version']}"
         version = call(registry, "GET", path)
+        manifest = version["manifest"]
+        asked = {"model": manifest["definition"], "snapshot_time": manifest["snapshot_time"]}
+        erasures = call(features, "POST", "/v1/snapshots:erasures", json=asked)["erasures"]
         rows = [_row_then(features, key) for key in prediction["rows"]]
     if as_json:
-        print_json({"prediction": prediction, "version": version, "rows": rows})
+        print_json({"prediction": prediction, "version": version, "snapshot_erasures": erasures, "rows": rows})
     else:
-        out.print(_lineage(prediction, version, rows))
+        out.print(_lineage(prediction, version, erasures, rows))
 
 
 def drift(
@@ -60,8 +64,11 @@ def receipt(features: httpx.Client, prediction_id: UUID) -> Json:
 
     Raises:
         CallFailed: There is none.
+        NotFound: Nothing is left in it.
     """
     found: Json = call(features, "GET", f"/v1/predictions/{prediction_id}")
+    if found["forgotten_at"]:
+        raise NotFound(f"the receipt of {prediction_id} was emptied at {found['forgotten_at'][:19]}: whom it was about has been forgotten")
     return found
 
 
@@ -72,7 +79,7 @@ def _row_then(features: httpx.Client, key: Json) -> Json:
     return row
 
 
-def _lineage(prediction: Json, version: Json, rows: list[Json]) -> Tree:
+def _lineage(prediction: Json, version: Json, erasures: list[str], rows: list[Json]) -> Tree:
     manifest = version["manifest"]
     tree = Tree(f"[bold]prediction {prediction['prediction_id']}[/]")
     tree.add(f"scores {', '.join(f'{score:.6f}' for score in prediction['scores'])}, made at {prediction['made_at'][:19]}")
@@ -84,6 +91,8 @@ def _lineage(prediction: Json, version: Json, rows: list[Json]) -> Tree:
     snapshot = model.add(f"snapshot of what was known at {manifest['snapshot_time'][:19]}: {manifest['n_rows']:,} rows")
     snapshot.add(f"digest {manifest['snapshot_digest']}")
     snapshot.add(f"labels known from {manifest['train_from'][:10]} to {manifest['train_to'][:10]}")
+    for erased_at in erasures:
+        snapshot.add(f"[yellow]affected[/]: facts in it were erased at {erased_at[:19]}; taken again it has another digest")
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in version["metrics"].items() if isinstance(value, float))
     folds = model.add(f"{manifest['algorithm']}, {len(manifest['folds'])} folds: {metrics}")
     for fold in manifest["folds"]:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError, TransientError
-from mojomesh_cli import dead_letters, definitions, features, models, publish, scoring, stack, store, traffic
+from mojomesh_cli import dead_letters, definitions, features, models, publish, quality, scoring, stack, store, traffic
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "The mesh on this machine": (stack.up, stack.down, stack.status, stack.logs, stack.doctor, stack.reset, stack.migrate),
     "Definitions and models": (definitions.apply, models.train, models.models, models.promote, models.rollback, traffic.traffic),
-    "Data": (publish.publish,),
+    "Data": (publish.publish, quality.quality),
     "Predictions": (scoring.score, features.why, scoring.replay, features.drift),
 }
 
@@ -32,6 +32,7 @@ for panel, commands in COMMANDS.items():
         app.command(rich_help_panel=panel)(command)
 
 app.add_typer(dead_letters.dlt, name="dlt", rich_help_panel="Data")
+app.add_typer(quality.quarantine, name="quarantine", rich_help_panel="Data")
 app.add_typer(store.store, name="store", rich_help_panel="Data")
 
 # Other packages add commands of their own, as the demo does.

@@ -60,8 +60,8 @@ def publish(
     wanted = Columns(entity_column or defined.entity, time_column, id_column, reported_column)
     columns = settle_columns(table, wanted, defined, file.name)
     outcome = Outcome(
-        ignored_columns=[name for name in table.columns if name not in defined.features and name not in vars(columns).values()],
-        missing_features=[name for name in defined.features if name not in table.columns],
+        ignored_columns=[name for name in table.columns if name not in {*defined.features, *defined.vectors, *vars(columns).values()}],
+        missing_features=[name for name in (*defined.features, *defined.vectors) if name not in table.columns],
     )
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=out, disable=as_json) as progress:
         task = progress.add_task("publishing")

@@ -73,7 +73,7 @@ def settle_columns(table: Table, wanted: Columns, feature_set: FeatureSet, file_
     for column, option in ((wanted.entity, "--entity-column"), (wanted.time, "--time-column")):
         if column not in table.columns:
             raise PermanentError(f"{file_name} has no column '{column}'; name the right one by {option}. It has: {there}")
-    if not set(table.columns) & feature_set.features.keys():
+    if not set(table.columns) & (feature_set.features.keys() | feature_set.vectors.keys()):
         raise PermanentError(f"{file_name} has no feature of '{feature_set.name}' ({', '.join(feature_set.features)}). It has: {there}")
     event_id, reported = (name if name in table.columns else None for name in (wanted.event_id, wanted.reported))
     return Columns(wanted.entity, wanted.time, event_id, reported)
@@ -92,6 +92,8 @@ def make_event(row: Row, columns: Columns, feature_set: FeatureSet) -> EventRece
         "values": {name: _as_feature(row[name], feature) for name, feature in feature_set.features.items() if row.get(name) is not None},
         "reported_at": _as_time(row[columns.reported], columns.reported) if columns.reported and row.get(columns.reported) else None,
     }
+    if vectors := {name: _as_vector(row[name], name) for name in feature_set.vectors if row.get(name) is not None}:
+        fields["vectors"] = vectors
     event_id = row.get(columns.event_id) if columns.event_id else None
     content = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z, default=str).decode()
     try:
@@ -190,3 +192,14 @@ def _read_parquet(file: Path) -> Table:
                 yield f"row {number}", row
 
     return Table(list(parquet.schema_arrow.names), rows())
+
+
+def _as_vector(value: Any, name: str) -> list[Any]:
+    """A vector: a list, or in a CSV its JSON."""
+    try:
+        found = orjson.loads(value) if isinstance(value, str) else value
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, list):
+        raise PermanentError(f"'{name}' must be a list of numbers, as in [0.1, 0.2], is {str(value)[:40]!r}")
+    return found

@@ -4,6 +4,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mojomesh_chassis.errors import PermanentError
@@ -56,6 +57,11 @@ def _print(answer: Json) -> None:
     for one in challengers:
         share = "is a shadow" if one["share"] is None else f"scores {one['share']:.1%} of the entities"
         out.print(f"version {one['version']} {share}")
+    for scorer in answer["followers"]:
+        for left_out in scorer["left_out"]:
+            out.print(f"[red]scorer {scorer['replica']} leaves version {left_out['version']} out:[/] {escape(left_out['reason'])}")
+        if scorer["setting"] < answer["setting"]:
+            out.print(f"[yellow]scorer {scorer['replica']}[/] still follows setting {scorer['setting']} of {answer['setting']}")
     if not answer["shadows"]:
         return
     table = Table("shadow", "of", "rows", "not scored", "PSI", "mean difference", "agree", box=None, padding=(0, 2, 0, 0))

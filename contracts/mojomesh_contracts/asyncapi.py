@@ -16,6 +16,7 @@ from mojomesh_contracts.events import (
     DefinitionApplied,
     DriftDetected,
     Event,
+    EventParked,
     EventReceived,
     FeaturesWritten,
     FoldTrained,
@@ -23,8 +24,10 @@ from mojomesh_contracts.events import (
     ModelPromoted,
     ModelReady,
     PredictionsMade,
+    QualityBreached,
     ScoreRequested,
     ShadowCompared,
+    TrafficFollowed,
     TrafficSet,
     TrainingRequested,
 )
@@ -35,27 +38,28 @@ WRITE_COMMAND = "python -m mojomesh_contracts.asyncapi --write"
 
 @dataclass(frozen=True)
 class Part:
-    """One member of the mesh and its subscriptions: `work` is shared by its replicas, `broadcast` reaches each of them."""
+    """One member of the mesh and its subscriptions: `work` is shared by its replicas, `broadcast` reaches each, `reads` is as it likes."""
 
     name: str
     work: tuple[type[Event], ...] = ()
     broadcast: tuple[type[Event], ...] = ()
+    reads: tuple[type[Event], ...] = ()
     publishes: tuple[type[Event], ...] = ()
 
 
 MESH: tuple[Part, ...] = (
-    Part("clients", publishes=(EventReceived, ScoreRequested)),
+    Part("clients", reads=(QualityBreached,), publishes=(EventReceived, ScoreRequested)),
     Part(
         "ingest",
-        work=(EventReceived,),
+        work=(EventReceived, EventParked),
         broadcast=(DefinitionApplied,),
-        publishes=(EventReceived, FeaturesWritten),
+        publishes=(EventReceived, EventParked, FeaturesWritten),
     ),
     Part(
         "features",
         work=(FeaturesWritten, PredictionsMade),
         broadcast=(ModelPromoted, DefinitionApplied),
-        publishes=(DriftDetected,),
+        publishes=(DriftDetected, QualityBreached),
     ),
     Part(
         "trainer",
@@ -65,14 +69,14 @@ MESH: tuple[Part, ...] = (
     ),
     Part(
         "registry",
-        work=(ModelReady, FoldTrained, ModelDeployed, ShadowCompared),
+        work=(ModelReady, FoldTrained, ModelDeployed, ShadowCompared, TrafficFollowed),
         publishes=(DefinitionApplied, TrainingRequested, ModelPromoted, TrafficSet),
     ),
     Part(
         "scorer",
         work=(ScoreRequested,),
         broadcast=(DefinitionApplied, ModelPromoted, TrafficSet),
-        publishes=(PredictionsMade, ModelDeployed, ShadowCompared),
+        publishes=(PredictionsMade, ModelDeployed, ShadowCompared, TrafficFollowed),
     ),
 )
 """The services' routers are tested against this table."""
@@ -98,6 +102,7 @@ def document() -> dict[str, Any]:
 
 def _doings(part: Part) -> list[tuple[str, type[Event]]]:
     doings = [("work", event) for event in part.work] + [("broadcast", event) for event in part.broadcast]
+    doings += [("read", event) for event in part.reads]
     return doings + [("publish", event) for event in part.publishes]
 
 

@@ -91,6 +91,7 @@ class SnapshotTaken(Frozen):
     n_rows: int
     snapshot_time: AwareDatetime
     columns: list[Column] = Field(description="Inputs in order; levels are filled in by training")
+    erasures: list[AwareDatetime] = Field(default=[], description="When facts were erased that were known at `snapshot_time`")
 
 
 class FoldPlan(Frozen):
@@ -145,6 +146,7 @@ class Manifest(Frozen):
     snapshot_time: AwareDatetime
     snapshot_digest: str
     snapshot_path: str
+    erasures: list[AwareDatetime] = Field(default=[], description="When facts were erased from what was known at `snapshot_time`")
     n_rows: int
     train_from: AwareDatetime
     train_to: AwareDatetime = Field(description="When the last training label became known")

@@ -3,6 +3,7 @@
 Within a major version (`...v1`) a field may be added with a default, never removed, renamed or given a new meaning or unit.
 """
 
+from datetime import timedelta
 from typing import Any, ClassVar, Literal
 from uuid import UUID, uuid5
 
@@ -33,6 +34,11 @@ class Event(Frozen):
     def partition_key(self) -> str:
         return str(getattr(self, self.keyed_by))
 
+    @property
+    def partition(self) -> int | None:
+        """The partition it belongs to; None: its key decides, as every Kafka client places it."""
+        return None
+
     def derive_id(self, cause: str) -> UUID:
         """Id of an event caused by this one: the same on every replay, so a repeat is known."""
         return uuid5(self.event_id, cause)
@@ -49,6 +55,7 @@ class EventReceived(Event):
     event_time: AwareDatetime = Field(description="When it was true, never arrival time; not later than now + 5 minutes")
     values: dict[str, FeatureValue] = Field(description="The full vector; an absent feature is missing")
     reported_at: AwareDatetime | None = Field(default=None, description="When its source knew it; by default when the mesh did")
+    vectors: dict[str, list[StrictFloat | StrictInt]] = Field(default={}, description="By feature of type `vector(n)`")
 
 
 class RowKey(Frozen):
@@ -74,6 +81,20 @@ class FeaturesWritten(Event):
     created_at: AwareDatetime
     seq: int
     values: dict[str, FeatureValue]
+
+
+class EventParked(Event):
+    """An event that its shard did not take when it came; it waits in that shard's own partition. Produced and read by ingest."""
+
+    topic: ClassVar[Topic] = Topic("events.parked.v1", partitions=12, retention=timedelta(days=90), max_bytes=2 * 2**20)
+    keyed_by: ClassVar[str] = "shard"
+
+    shard: int = Field(ge=0, description="Its place among the shards, from 0")
+    event: EventReceived
+
+    @property
+    def partition(self) -> int:
+        return self.shard % self.topic.partitions
 
 
 class DefinitionApplied(Event):
@@ -176,6 +197,26 @@ class TrafficSet(Event):
     setting: int = Field(ge=1, description="Counts the settings of the model: a lower one is stale")
     set_at: AwareDatetime
     challengers: list[Challenger] = Field(description="All of them; every other bucket is the champion's")
+
+
+class LeftOut(Frozen):
+    """A version that a scorer does not let score beside the champion."""
+
+    version: int
+    reason: str
+
+
+class TrafficFollowed(Event):
+    """What one scorer replica made of a setting of the traffic. Produced by scorer; read by registry."""
+
+    topic: ClassVar[Topic] = Topic("traffic.followed.v1", partitions=3)
+    keyed_by: ClassVar[str] = "model"
+
+    model: str
+    setting: int = Field(description="Of `TrafficSet`")
+    replica: str
+    followed_at: AwareDatetime
+    left_out: list[LeftOut] = Field(description="The entities of these versions stay with the champion")
 
 
 class SwapPhase(Frozen):
@@ -319,8 +360,27 @@ class DriftDetected(Event):
     window_to: AwareDatetime
 
 
+class QualityBreached(Event):
+    """In one window a feature set's events were not as its definition expects. Produced by features; read by people and what wakes them."""
+
+    topic: ClassVar[Topic] = Topic("quality.breached.v1", partitions=3)
+    keyed_by: ClassVar[str] = "feature_set"
+
+    feature_set: str
+    expectation: str = Field(description="`values` (a range, or the categories there are), `missing`, `rows` or `freshness`")
+    feature: str | None = Field(description="Of which something was expected; None: of the set as a whole")
+    window_from: AwareDatetime = Field(description="By when the mesh knew the rows; not included")
+    window_to: AwareDatetime = Field(description="Included")
+    value: float = Field(description="Rows with such a value, share of missing ones, rows, or age of the newest event time in seconds")
+    reason: str = Field(description="In words")
+    n_rows: int = Field(description="Rows stored in the window")
+    n_held: int = Field(description="Events held back in the window; `mojomesh quarantine` shows them")
+    examples: list[UUID] = Field(description="event_id of a few of the rows or events")
+
+
 EVENTS: tuple[type[Event], ...] = (
     EventReceived,
+    EventParked,
     FeaturesWritten,
     DefinitionApplied,
     TrainingRequested,
@@ -332,6 +392,8 @@ EVENTS: tuple[type[Event], ...] = (
     ScoreRequested,
     PredictionsMade,
     ShadowCompared,
+    TrafficFollowed,
     DriftDetected,
+    QualityBreached,
 )
 """Every event there is; what creates topics, writes schemas and documents the mesh walks over this."""

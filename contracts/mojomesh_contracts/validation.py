@@ -20,6 +20,8 @@ def problem_of(event: EventReceived, feature_set: FeatureSet | None, now: dateti
     if feature_set is None:
         return f"no feature set is named '{event.feature_set}'; apply its definition first"
     found = feature_set.problems(event.values)
+    if event.vectors:
+        found += feature_set.problems_of_vectors(event.vectors)
     latest = now + CLOCK_SKEW
     for name, time in (("event_time", event.event_time), ("reported_at", event.reported_at)):
         if time is not None and not EARLIEST <= time <= latest:

@@ -238,6 +238,19 @@ class OnlineStore:
             raise TransientError(f"Redis does not take rows, reads go to PostgreSQL: {error}", retry_after_s=0.25) from error
         self._missed_writes = False
 
+    async def forget(self, entities: Sequence[Entity]) -> None:
+        """Drop entities, and let nothing count that was loaded before.
+
+        Raises:
+            TransientError: Redis does not answer.
+        """
+        try:
+            # A load that is on its way must not put back what it found: hence another generation.
+            await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
+            await self._asking(self.redis.delete(*(_key(entity) for entity in entities)), anyway=True)
+        except Unanswered as error:
+            raise TransientError(f"Redis does not forget: {error}") from error
+
     async def _merging(self, parts: Mapping[Entity, list[Any]], generation: str, anyway: bool = False) -> None:
         entities = iter(parts.items())
         while some := list(islice(entities, KEYS_A_CALL)):

@@ -29,6 +29,11 @@ async def take_turn(db: AsyncSession) -> bool:
     return bool((await db.execute(text("SELECT pg_try_advisory_xact_lock(hashtext('mojomesh.partitions'))"))).scalar_one())
 
 
+async def wait_turn(db: AsyncSession) -> None:
+    """Until this transaction ends nobody moves rows to other partitions or shards, or out of PostgreSQL."""
+    await db.execute(text("SELECT pg_advisory_xact_lock(hashtext('mojomesh.partitions'))"))
+
+
 async def add_partitions(db: AsyncSession, feature_set: str) -> None:
     """Give the feature set partitions of its own for this month and those ahead, unless it has rows among those of all sets already."""
     await db.execute(text("SELECT store.add_partitions(:set, :months)"), {"set": feature_set, "months": MONTHS_AHEAD})

@@ -50,6 +50,19 @@ _STORED = _reading_rows("""
     JOIN store.feature_rows AS row USING (feature_set, event_time, event_id)
 """).columns(*feature_rows.c)
 
+_SETTLED = text("""
+    SELECT feature_set, event_time, event_id
+    FROM unnest(CAST(:feature_sets AS text[]), CAST(:event_times AS timestamptz[]), CAST(:event_ids AS uuid[]))
+        AS asked (feature_set, event_time, event_id)
+    WHERE EXISTS (
+        SELECT FROM store.feature_rows AS row
+        WHERE (row.feature_set, row.event_time, row.event_id) = (asked.feature_set, asked.event_time, asked.event_id)
+    ) OR EXISTS (
+        SELECT FROM store.retired_events AS gone
+        WHERE (gone.feature_set, gone.event_time, gone.event_id) = (asked.feature_set, asked.event_time, asked.event_id)
+    )
+""")
+
 _LATEST = _reading_rows("""
     SELECT ROW_COLUMNS, asked.n
     FROM unnest(CAST(:entity_ids AS text[]), CAST(:ats AS timestamptz[])) WITH ORDINALITY AS asked (entity_id, at, n)
@@ -74,21 +87,39 @@ _NEWEST = _reading_rows("""
 """).columns(*feature_rows.c, column("n", BigInteger))
 
 
+async def write_time(db: AsyncSession) -> datetime:
+    """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
+    await db.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot'))"))
+    return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
+
+
 async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[FeatureRow]:
     """Store each event once; the stored row of every event, in their order, whether it is new or a repeat.
 
     Of events with one (feature_set, event_time, event_id) the first to be stored stays, whatever later ones say. A repeat of one whose row
     has left PostgreSQL has no row here.
     """
-    created_at = await _write_time(db)
+    return (await append_at(db, events, await write_time(db)))[0]
+
+
+async def append_at(
+    db: AsyncSession, events: Sequence[EventReceived], created_at: datetime
+) -> tuple[list[FeatureRow], dict[RowId, FeatureRow]]:
+    """`append` at the `write_time` of the transaction; the rows, and those of them that are new."""
     firsts: dict[RowId, EventReceived] = {}
     for event in events:
-        firsts.setdefault(_row_id(event), event)
-    stored = await _insert(db, firsts, created_at)
-    repeats = [row_id for row_id in firsts if row_id not in stored]
-    if repeats:
-        stored |= await _rows_of(db, repeats)
-    return [stored[row_id] for event in events if (row_id := _row_id(event)) in stored]
+        firsts.setdefault(row_id(event), event)
+    new = await _insert(db, firsts, created_at)
+    repeats = [key for key in firsts if key not in new]
+    stored = new | await _rows_of(db, repeats) if repeats else new
+    return [stored[key] for event in events if (key := row_id(event)) in stored], new
+
+
+async def settled(db: AsyncSession, events: Sequence[EventReceived]) -> set[RowId]:
+    """Those of the events that are stored, or were and must not be again."""
+    feature_sets, event_times, event_ids = (list(column) for column in zip(*map(row_id, events), strict=True))
+    asked = {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids}
+    return {(feature_set, event_time, event_id) for feature_set, event_time, event_id in await db.execute(_SETTLED, asked)}
 
 
 async def latest(db: AsyncSession, feature_set: str, entity_id: str, at: datetime, snapshot_time: datetime) -> FeatureRow | None:
@@ -132,7 +163,7 @@ async def pass_snapshot(shard: Database, snapshot_time: datetime) -> None:
         async with shard.begin() as db:
             if await _floor_reaches(db, snapshot_time):
                 return
-            if await _gets_past_writers(db):
+            if await gets_past_writers(db):
                 await db.execute(select(func.store.raise_snapshot_floor(snapshot_time)))
                 return
         await asyncio.sleep(PASSAGE_TIMEOUT_MS / 4000)  # let the writers go who waited behind us
@@ -145,12 +176,6 @@ async def snapshot_clock(db: AsyncSession) -> datetime:
         await db.execute(text("SELECT greatest(clock_timestamp(), floor + interval '1 microsecond') FROM store.snapshot_floor"))
     ).scalar_one()
     return time
-
-
-async def _write_time(db: AsyncSession) -> datetime:
-    """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
-    await db.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot'))"))
-    return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
 
 
 async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_at: datetime) -> dict[RowId, FeatureRow]:
@@ -172,7 +197,7 @@ async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_
     )
     new = set(inserted.all())
     return {
-        row_id: FeatureRow(
+        key: FeatureRow(
             event.feature_set,
             event.entity_id,
             event.event_time,
@@ -182,7 +207,7 @@ async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_
             event.event_id,
             event.values,
         )
-        for (row_id, event), seq in zip(events.items(), seqs, strict=True)
+        for (key, event), seq in zip(events.items(), seqs, strict=True)
         if seq in new
     }
 
@@ -201,7 +226,8 @@ async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, Fe
     return {(row.feature_set, row.event_time, row.event_id): row for row in map(FeatureRow._make, found.all())}
 
 
-def _row_id(event: EventReceived) -> RowId:
+def row_id(event: EventReceived) -> RowId:
+    """What the row of an event is known by."""
     return event.feature_set, event.event_time, event.event_id
 
 
@@ -209,7 +235,8 @@ async def _floor_reaches(db: AsyncSession, snapshot_time: datetime) -> bool:
     return bool((await db.execute(text("SELECT floor >= :time FROM store.snapshot_floor"), {"time": snapshot_time})).scalar_one())
 
 
-async def _gets_past_writers(db: AsyncSession) -> bool:
+async def gets_past_writers(db: AsyncSession) -> bool:
+    """Whether all who write rows have committed; none of them begins until this transaction ends. False: it was rolled back."""
     await db.execute(text(f"SET LOCAL lock_timeout = {PASSAGE_TIMEOUT_MS}"))
     try:
         await db.execute(text("SELECT pg_advisory_xact_lock(hashtext('mojomesh.snapshot'))"))

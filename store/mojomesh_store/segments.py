@@ -41,7 +41,8 @@ _NAMES = ", ".join(Segment._fields)
 _UNSEALED = text("""
     WITH seconds AS (
         SELECT date_trunc('second', created_at) AS second, count(*) AS n FROM store.feature_rows
-        WHERE feature_set = :feature_set AND created_at <= :watermark AND created_at > coalesce(:follows, '-infinity'::timestamptz)
+        WHERE feature_set = :feature_set AND created_at <= :watermark
+            AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
         GROUP BY 1
     ), growing AS (
         SELECT second, sum(n) OVER (ORDER BY second) AS n FROM seconds
@@ -55,6 +56,12 @@ async def take_turn(db: AsyncSession, feature_set: str) -> bool:
     """Whether this transaction may seal the feature set; until it ends nobody else may."""
     lock = text("SELECT pg_try_advisory_xact_lock(hashtextextended('mojomesh.seal/' || :feature_set, 0))")
     return bool((await db.execute(lock, {"feature_set": feature_set})).scalar_one())
+
+
+async def wait_turn(db: AsyncSession, feature_set: str) -> None:
+    """Be the one who may seal the feature set, until this transaction ends."""
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('mojomesh.seal/' || :feature_set, 0))")
+    await db.execute(lock, {"feature_set": feature_set})
 
 
 async def sealed_until(db: AsyncSession, feature_set: str) -> datetime | None:
@@ -76,7 +83,8 @@ async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None,
     found = await db.execute(
         text("""
             SELECT count(*), coalesce(sum(seq), 0)::bigint FROM store.feature_rows
-            WHERE feature_set = :feature_set AND created_at <= :until AND created_at > coalesce(:follows, '-infinity'::timestamptz)
+            WHERE feature_set = :feature_set AND created_at <= :until
+                AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
         """),
         {"feature_set": feature_set, "follows": follows, "until": until},
     )
@@ -95,3 +103,15 @@ async def segments_of(db: AsyncSession, feature_set: str) -> list[Segment]:
     listed = text(f"SELECT {_NAMES} FROM store.segments WHERE feature_set = :set ORDER BY created_until").columns(columns=JSONB)
     found = await db.execute(listed, {"set": feature_set})
     return [Segment(*row) for row in found]
+
+
+async def correct(db: AsyncSession, segment: Segment) -> None:
+    """Say what is in a segment from which an entity was erased; as the owner."""
+    await db.execute(
+        text("""
+            UPDATE store.segments SET n_rows = :n_rows, n_tied = :n_tied, sum_of_seqs = :sum_of_seqs,
+                first_event_time = :first_event_time, last_event_time = :last_event_time
+            WHERE path = :path
+        """),
+        {name: value for name, value in segment._asdict().items() if name not in ("feature_set", "follows", "created_until", "columns")},
+    )

@@ -368,6 +368,53 @@ async def test_two_slots_share_the_partitions_and_a_stopped_one_leaves_its_share
     assert {*handled["0"].ids, *handled["1"].ids} == {event.event_id for event in events}
 
 
+@pytest.mark.parametrize("members", [1, 2])
+async def test_so_many_batches_are_handled_at_a_time_as_a_process_has_members(settings: MeshSettings, records: Any, members: int) -> None:
+    events, handled = [make_event(f"entity-{number}") for number in range(200)], Handled()
+    at_a_time = [0]
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        at_a_time.append(at_a_time[-1] + 1)
+        await asyncio.sleep(0.01)
+        at_a_time.append(at_a_time[-1] - 1)
+        handled.note(batch)
+        return []
+
+    router = MeshRouter("tester")
+    router.work(EventReceived, batch=5, members=members)(on_events)
+    async with running(settings, router):
+        await records.publish(*events)
+        await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+
+    assert max(at_a_time) == members
+    assert set(handled.ids) == {event.event_id for event in events}
+
+
+async def test_a_handler_gets_what_a_reader_of_its_own_makes_and_what_that_refuses_is_dead_lettered(
+    settings: MeshSettings, records: Any
+) -> None:
+    seen: list[str] = []
+    event = make_event("UA1545", n=1)
+
+    async def on_events(batch: list[str]) -> list[Event]:
+        seen.extend(batch)
+        return []
+
+    def read(value: bytes) -> str:
+        return EventReceived.model_validate_json(value).entity_id
+
+    await records.publish(event)
+    await records.send(RECEIVED, b"{}")
+    router = MeshRouter("tester")
+    router.work(EventReceived, batch=10, read=read)(on_events)
+    async with running(settings, router):
+        await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+
+    assert seen == ["UA1545"]
+    [buried] = await records.read(BURIED)
+    assert "event_id" in reason_of(buried)
+
+
 def test_a_handler_that_asks_for_what_nobody_opened_fails_at_start(settings: MeshSettings) -> None:
     async def on_events(batch: list[EventReceived], feature_store: Any) -> list[Event]:
         return []

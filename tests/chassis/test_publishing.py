@@ -10,7 +10,7 @@ import pytest
 from aiokafka.partitioner import DefaultPartitioner
 
 from mojomesh_chassis.errors import PermanentError, TransientError
-from mojomesh_chassis.publishing import FEW, Publisher
+from mojomesh_chassis.publishing import FEW, Publisher, Record
 from mojomesh_chassis.reading import read_topics
 from mojomesh_chassis.topics import declared_topics, ensure_topics
 from mojomesh_contracts.events import Event, EventReceived, TrainingRequested
@@ -85,9 +85,9 @@ async def test_kafka_refusing_a_record_for_its_size_is_permanent_and_does_not_st
     noise = os.urandom(Sized.topic.max_bytes + 2**20)
 
     with pytest.raises(PermanentError, match="too large for its topic"):
-        await publisher.send([(Sized.topic.name, b"k", noise, [])])
+        await publisher.send([Record(Sized.topic.name, b"k", noise, [])])
 
-    await publisher.send([(Sized.topic.name, b"k", b"small", [])])
+    await publisher.send([Record(Sized.topic.name, b"k", b"small", [])])
     assert [record.value for record in await records.read(Sized.topic.name)] == [b"small"]
 
 

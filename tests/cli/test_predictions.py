@@ -1,4 +1,4 @@
-"""What `score`, `replay`, `why`, `drift` and `store seal` say, on services that answer as the real ones do."""
+"""What `score`, `replay`, `why`, `drift`, `quality`, `quarantine` and `store seal` say, on services that answer as the real ones do."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,8 +33,10 @@ PREDICTION = {
     "inputs": [0.1 + 0.2, None],
     "scores": [0.1 + 0.2, 0.7],
     "rows": [KEY],
+    "forgotten_at": None,
 }
 MANIFEST = {
+    "definition": {"name": "delay"},
     "snapshot_time": "2026-02-01T00:00:00Z",
     "snapshot_digest": "cd" * 32,
     "n_rows": 123456,
@@ -122,7 +124,7 @@ def services() -> Iterator[type[Services]]:
 @pytest.fixture
 def run(services: type[Services], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     url = f"http://127.0.0.1:{services.port}"  # type: ignore[attr-defined]
-    for name in ("FEATURES", "REGISTRY", "SCORER", "SCORER_ADMIN"):
+    for name in ("INGEST", "FEATURES", "REGISTRY", "SCORER", "SCORER_ADMIN"):
         monkeypatch.setenv(f"MOJOMESH_{name}_URL", url)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -137,6 +139,7 @@ def test_why_shows_the_whole_lineage(run: Callable[..., Result], services: type[
     services.answers |= {
         f"/v1/predictions/{PREDICTION_ID}": PREDICTION,
         "/v1/models/delay/versions/2": VERSION,
+        "/v1/snapshots:erasures": {"erasures": ["2026-04-01T00:00:00+00:00"]},
         row_path: KEY | {"values": {"carrier": "UA", "distance": 1400}},
     }
 
@@ -152,12 +155,21 @@ def test_why_shows_the_whole_lineage(run: Callable[..., Result], services: type[
         "weather.temp psi 1.2",
         "$03job",
         "UA 1545/EWR",
+        "affected: facts in it were erased at 2026-04-01",
     ):
         assert part in shown
+    assert ("/v1/snapshots:erasures", {"model": {"name": "delay"}, "snapshot_time": MANIFEST["snapshot_time"]}) in services.asked
     assert "carrier UA, distance 1400" in shown
     (asked,) = [path for path, _ in services.asked if path.startswith(row_path)]
     assert "snapshot_time=2026-03-01T12%3A00%3A00.123456%2B00%3A00" in asked
     assert json.loads(run("why", PREDICTION_ID, "--json").stdout)["prediction"] == PREDICTION
+
+
+@pytest.mark.parametrize("command", ["why", "replay"])
+def test_an_emptied_receipt_says_so(command: str, run: Callable[..., Result], services: type[Services]) -> None:
+    services.answers |= {f"/v1/predictions/{PREDICTION_ID}": PREDICTION | {"forgotten_at": "2026-04-01T00:00:00+00:00"}}
+
+    assert "was emptied at 2026-04-01" in str(run(command, PREDICTION_ID).exception)
 
 
 def test_replay_says_whether_the_scores_are_the_same_to_the_last_bit(run: Callable[..., Result], services: type[Services]) -> None:
@@ -232,3 +244,25 @@ def test_sealing_says_what_is_new(run: Callable[..., Result], services: type[Ser
 
     services.answers |= {"/v1/segments:seal": {"segments": []}}
     assert "Everything is sealed." in run("store", "seal").stdout
+
+
+def test_quality_shows_what_was_not_as_expected(run: Callable[..., Result], services: type[Services]) -> None:
+    window = {"window_to": "2026-04-01T00:15:00+00:00", "n_rows": 1234, "n_held": 2, "breaches": [{"reason": "5 rows came in"}]}
+    services.answers |= {"/v1/quality/flights": {"windows": [window]}}
+
+    shown = run("quality", "flights").stdout
+
+    assert "1,234" in shown and "5 rows came in" in shown
+    services.answers |= {"/v1/quality/flights": {"windows": []}}
+    assert "No window of 'flights' is over yet" in run("quality", "flights").stdout
+
+
+def test_quarantine_lists_and_lets_go_until_nothing_is_left(run: Callable[..., Result], services: type[Services]) -> None:
+    event_id = PREDICTION_ID
+    held = KEY | {"event_id": event_id, "held_at": KEY["created_at"], "problems": {"distance": "is 9000, expected at most 3000"}}
+    services.answers |= {"/v1/quarantine": {"events": [held]}, "/v1/quarantine:release": {"released": []}}
+
+    assert "'distance' is 9000, expected at most 3000" in run("quarantine", "list", "--feature-set", "flights").stdout
+    assert "0 released" in run("quarantine", "release", event_id).stdout
+    assert services.asked[-1] == ("/v1/quarantine:release", {"event_ids": [event_id], "feature_set": None})
+    assert isinstance(run("quarantine", "release").exception, PermanentError)

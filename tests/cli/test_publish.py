@@ -216,3 +216,20 @@ async def test_a_feature_set_that_nobody_declared_is_told_with_those_there_are(m
 
     with pytest.raises(NotFound, match="no feature set 'trains'; there are: flights"):
         await run("publish", str(tmp_path / "flights.csv"), "-f", "trains")
+
+
+def test_a_vector_is_a_list_or_its_json() -> None:
+    declared = {"words": {"type": "number"}, "embedding": {"type": "vector(2)"}}
+    articles = parse_definition({"kind": "FeatureSet", "name": "articles", "entity": "article", "features": declared})
+    assert isinstance(articles, FeatureSet)
+    columns = Columns("article", "at", None, None)
+    row = {"article": "a", "at": "2013-03-01T12:00:00Z", "words": 3}
+
+    events = [make_event(row | {"embedding": embedding}, columns, articles) for embedding in ("[0.5, 1]", [0.5, 1])]
+
+    assert [event.vectors for event in events] == [{"embedding": [0.5, 1]}] * 2
+    assert make_event(row, columns, articles).vectors == {}
+    with pytest.raises(PermanentError, match=r"'embedding' must be a list of numbers, as in \[0.1, 0.2\], is 'far'"):
+        make_event(row | {"embedding": "far"}, columns, articles)
+    with pytest.raises(PermanentError, match="'embedding' must have 2 dimensions, has 1"):
+        make_event(row | {"embedding": [1.0]}, columns, articles)

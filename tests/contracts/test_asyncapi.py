@@ -31,7 +31,7 @@ def test_every_reference_of_the_document_leads_somewhere() -> None:
 
 def test_every_event_is_published_and_consumed_by_somebody() -> None:
     published = {event for part in MESH for event in part.publishes}
-    consumed = {event for part in MESH for event in (*part.work, *part.broadcast)}
+    consumed = {event for part in MESH for event in (*part.work, *part.broadcast, *part.reads)}
     assert published == consumed == set(EVENTS)
 
 

@@ -20,6 +20,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_contracts.definitions import Model, parse_definitions
 from mojomesh_contracts.events import EventReceived, FeatureValue
 from mojomesh_features import routes
+from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Retired
 from mojomesh_features.sealing import Sealer
@@ -130,6 +131,7 @@ async def http(
         "database": feature_store.shards[0],
         "feature_store": feature_store,
         "reader": reader,
+        "neighbours": Neighbours(feature_store, Retired()),
         "definitions": definitions,
         "snapshots": snapshots,
         "sealer": sealer,

@@ -1,13 +1,14 @@
 """The flagship promise, on a real PostgreSQL: a snapshot is its definition over any history, and the same for ever.
 
-Inserts, corrections, late data, writers still in flight when a snapshot is taken or rows are sealed, old rows retired, snapshots of now and
-of the past, in any order. `make test-long` runs 5,000 histories. The controls show that the same histories find a snapshot that leaks.
+Inserts, corrections, late data, writers still in flight when a snapshot is taken, rows are sealed or a shard is added, old rows retired,
+snapshots of now and of the past, in any order. `make test-long` runs 5,000 histories. The controls show that the same histories find a
+snapshot that leaks.
 """
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,17 +21,18 @@ from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from sqlalchemy import text
 
-from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import open_objects
 from mojomesh_contracts.bundles import SnapshotTaken
-from mojomesh_contracts.definitions import Model, parse_definitions
+from mojomesh_contracts.definitions import FeatureSet, Model, parse_definitions
 from mojomesh_contracts.events import EventReceived
 from mojomesh_features.known import KnownRows
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import retirement
 from mojomesh_store import rows as store_rows
+from mojomesh_store.errors import Moved
+from mojomesh_store.rebalancing import rebalance
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
 from mojomesh_store.vectors import plan_of
@@ -39,8 +41,16 @@ from tests.features.making import DEFINITIONS, NOON, make_event
 
 EXAMPLES, LONG = 25, 5_000
 
+AGGREGATES = {
+    "reports": {"function": "count", "of": "weather", "by": {"airport": "origin"}, "window": "3h"},
+    "coldest": {"function": "min", "of": "weather.temp", "by": {"airport": "origin"}, "window": "6h"},
+    "carriers": {"function": "distinct", "of": "flights.carrier", "by": ["origin"], "window": "6h"},
+    "was_late": {"function": "last", "of": "arrivals.late", "by": ["flight_id"], "window": "5h"},
+    "lateness": {"function": "mean", "of": "arrivals.late", "by": ["flight_id"], "window": "8h"},
+}
+
 # Little room, so that histories are full of corrections, of ties and of labels.
-flights, airports = st.sampled_from(["A", "Ç\n"]), st.sampled_from(["EWR", "JFK"])
+flights, airports = st.sampled_from(["A", "Ä\n"]), st.sampled_from(["EWR", "JFK"])
 times = st.sampled_from([-5, -2, 0, 1]).map(lambda n: NOON + n * HOUR)
 reports = st.one_of(st.none(), times)
 numbers = st.one_of(st.none(), st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False, width=32))
@@ -82,37 +92,63 @@ class World:
     """The servers of all histories of a run, and one event loop for them."""
 
     def __init__(
-        self, runner: asyncio.Runner, store: FeatureStore, owner: Database, url: str, folder: Path, reading: type[KnownRows]
+        self, runner: asyncio.Runner, store: FeatureStore, owners: FeatureStore, urls: list[str], folder: Path, reading: type[KnownRows]
     ) -> None:
         self.run = runner.run
-        self.store, self.owner, self.folder = store, owner, folder
+        self.store, self.owners, self.folder = store, owners, folder
         objects = open_objects((folder / "objects").as_uri())
         self.objects = objects
-        self.snapshots = Snapshots(store, [url], objects, folder / "work", "256MB")
+        self.snapshots = Snapshots(store, urls, objects, folder / "work", "256MB")
         self.snapshots.rows = reading
-        self.sealer = Sealer(store, [url], objects, folder / "work", "256MB")
+        self.sealer = Sealer(store, urls, objects, folder / "work", "256MB")
         self.definitions = Definitions(*parse_definitions(DEFINITIONS))
         delay = self.definitions.model("delay")
         label = delay.label.model_copy(update={"within": 4 * HOUR})
-        self.models = [delay, delay.model_copy(update={"known_at": "row", "label": label})]
-        self.histories = self.taken = self.retired = 0
+        flights = self.definitions.feature_set("flights")
+        self.flights = FeatureSet.model_validate(flights.model_dump() | {"aggregates": AGGREGATES})
+        self.definitions.put(self.flights, 2)
+        derived = delay.model_dump(mode="json") | {"name": "derived"}
+        derived["features"][0]["columns"] += AGGREGATES
+        aggregating = Model.model_validate(derived)
+        self.models = [
+            model.model_copy(update={"known_at": at, "label": label}) for model in (delay, aggregating) for at in ("snapshot", "row")
+        ]
+        self.models[0] = delay
+        self.n_shards = self.histories = self.taken = self.retired = self.moved = 0
 
     async def begin_anew(self) -> None:
         self.histories += 1
-        async with self.owner.begin() as db:
-            await db.execute(text("TRUNCATE store.feature_rows, store.segments, store.retired, store.retired_events"))
+        self.n_shards = 1
+        for shard in self.owners.shards:
+            async with shard.begin() as db:
+                tables = ("feature_rows", "segments", "retired", "retired_events", "moved")
+                await db.execute(text(f"TRUNCATE {', '.join(f'store.{table}' for table in tables)}"))
+                await db.execute(text("UPDATE store.shard SET n_shards = 1, next_n_shards = NULL, counts_after = '-infinity'"))
         shutil.rmtree(self.folder / "objects" / "segments", ignore_errors=True)
 
     async def begin_writing(self, batch: list[EventReceived]) -> Writer:
-        stack = AsyncExitStack()
-        db = await stack.enter_async_context(self.store.shards[0].begin())
-        return Writer(stack, await store_rows.append(db, batch))
+        while True:
+            with suppress(Moved):
+                async with AsyncExitStack() as stack:
+                    rows: list[FeatureRow] = []
+                    for shard, part in self.store.split(batch):
+                        db = await stack.enter_async_context(shard.begin())
+                        await store_rows.write_time(db)
+                        await self.store.check_writing(db, shard)
+                        rows += await store_rows.append(db, part)
+                    return Writer(stack.pop_all(), rows)
+
+    async def add_a_shard(self) -> None:
+        """Or clean up after those that were added, when there is none left."""
+        self.n_shards += 1
+        self.moved += (await rebalance(FeatureStore(self.owners.shards[: self.n_shards]))).copied
 
     async def retire(self, before: datetime) -> None:
-        async with self.store.shards[0].begin() as db:
-            for feature_set in self.definitions.feature_sets:
-                await retirement.announce(db, feature_set, before)
-                self.retired += await retirement.retire(db, feature_set, timedelta(0))
+        for shard in self.store.shards:
+            async with shard.begin() as db:
+                for feature_set in self.definitions.feature_sets:
+                    await retirement.announce(db, feature_set, before)
+                    self.retired += await retirement.retire(db, feature_set, timedelta(0))
 
     async def take(self, model: Model, at: datetime) -> tuple[SnapshotTaken, list[TrainingRow]]:
         self.taken += 1
@@ -121,14 +157,16 @@ class World:
 
 
 @contextmanager
-def a_world(postgres: Any, folder: Path, reading: type[KnownRows]) -> Iterator[World]:
+def a_world(new_postgres: Callable[[], Any], folder: Path, reading: type[KnownRows], n_shards: int) -> Iterator[World]:
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
 
         async def opened() -> World:
-            store = await stack.enter_async_context(open_feature_store([postgres.url]))
-            owner = await stack.enter_async_context(open_database(postgres.owner_url))
-            return World(runner, store, owner, postgres.url, folder, reading)
+            databases = [new_postgres() for _ in range(n_shards)]
+            urls = [database.url for database in databases]
+            store = await stack.enter_async_context(open_feature_store(urls))
+            owners = await stack.enter_async_context(open_feature_store([database.owner_url for database in databases]))
+            return World(runner, store, owners, urls, folder, reading)
 
         try:
             yield runner.run(opened())
@@ -183,6 +221,11 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
             if retire_before is not None:
                 world.run(world.retire(retire_before))
 
+        @precondition(lambda self: len(world.store.shards) > 1)
+        @rule(commits=st.lists(st.booleans(), min_size=3, max_size=3))
+        def add_a_shard(self, commits: list[bool]) -> None:
+            world.run(self._past_writers(world.add_a_shard(), commits))
+
         def teardown(self) -> None:
             for writer in self.writers:
                 world.run(self._end(writer, False))
@@ -191,7 +234,7 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
 
         def _compare(self, model: Model, at: datetime) -> None:
             taken, rows = world.run(world.take(model, at))
-            assert rows == expected_rows(model, self.rows, at)
+            assert rows == expected_rows(model, self.rows, at, world.flights.aggregates if model.name == "derived" else None)
             self.kept.append((model, at, taken.digest))
 
         async def _written(self, batch: list[EventReceived]) -> list[FeatureRow]:
@@ -231,11 +274,11 @@ def run_histories(world: World, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [EXAMPLES, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
-def test_a_snapshot_is_its_definition_over_any_history_and_never_changes(postgres: Any, tmp_path: Path, n: int) -> None:
-    with a_world(postgres, tmp_path, KnownRows) as world:
+def test_a_snapshot_is_its_definition_over_any_history_and_never_changes(new_postgres: Callable[[], Any], tmp_path: Path, n: int) -> None:
+    with a_world(new_postgres, tmp_path, KnownRows, n_shards=2) as world:
         run_histories(world, n)
 
-        print(f"{world.histories} histories, {world.taken} snapshots, {world.retired} rows retired")  # noqa: T201 the number run is part of the claim
+        print(f"{world.histories} histories, {world.taken} snapshots, {world.retired} rows retired, {world.moved} moved")  # noqa: T201 the number run is part of the claim
         assert world.histories >= n
 
 
@@ -250,9 +293,9 @@ class WithoutTieBreak(KnownRows):
 
 
 @pytest.mark.parametrize("leaking", [WithoutCreatedAt, WithoutTieBreak])
-def test_the_same_histories_find_a_snapshot_that_leaks(postgres: Any, tmp_path: Path, leaking: type[KnownRows]) -> None:
+def test_the_same_histories_find_a_snapshot_that_leaks(new_postgres: Callable[[], Any], tmp_path: Path, leaking: type[KnownRows]) -> None:
     with (
-        a_world(postgres, tmp_path, leaking) as world,
+        a_world(new_postgres, tmp_path, leaking, n_shards=1) as world,
         pytest.raises((AssertionError, FlakyFailure)),
     ):  # which of tied rows is found may vary
         run_histories(world, 1_000)

@@ -222,7 +222,7 @@ async def test_sealing_waits_for_a_slow_writer(
 
 
 async def test_without_the_passage_a_slow_writers_row_is_in_no_segment(
-    sealer: Sealer, append_all: AppendAll, definitions: Definitions, objects: Objects, shard: Database
+    sealer: Sealer, append_all: AppendAll, definitions: Definitions, objects: Objects, shard: Database, feature_store: FeatureStore
 ) -> None:
     """The control: a watermark that did not wait for those on the way."""
     async with shard.begin() as db:
@@ -230,7 +230,7 @@ async def test_without_the_passage_a_slow_writers_row_is_in_no_segment(
         rows += await some_rows(append_all)
         async with shard.begin() as other:
             watermark = await store_rows.snapshot_clock(other)
-        await sealer._seal_next(0, definitions.feature_set("flights"), watermark, Due(), 10**6)
+        await sealer._seal_next(feature_store.shards[0], definitions.feature_set("flights"), watermark, Due(), 10**6)
     await sealer.seal(definitions)
 
     assert in_files(objects, "flights") != ids(rows, "flights")

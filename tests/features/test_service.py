@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mojomesh_chassis.bundles import publish_bundle, sign_bundle
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects, open_objects
-from mojomesh_chassis.publishing import open_publisher
+from mojomesh_chassis.publishing import Record, open_publisher
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_contracts.bundles import (
     BASELINE_FILE,
@@ -244,7 +244,7 @@ async def test_killed_anywhere_every_receipt_is_kept_and_counted_once_and_drift_
 async def test_garbage_is_dead_lettered_and_stops_nothing(service: Service, kafka: str) -> None:
     async with open_publisher(service.settings) as publisher:
         for topic in (PredictionsMade.topic.name, FeaturesWritten.topic.name):
-            await publisher.send([(topic, b"key", b"not JSON", []), (topic, b"key", b'{"event_id": 7}', [])])
+            await publisher.send([Record(topic, b"key", value, []) for value in (b"not JSON", b'{"event_id": 7}')])
     await service.publish(make_block(make_predictions(10)))
 
     assert len(await service.predictions(10)) == 10

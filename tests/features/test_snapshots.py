@@ -20,7 +20,7 @@ from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows as store_rows
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.shards import FeatureStore, open_feature_store
-from mojomesh_store.vectors import plan_of
+from mojomesh_store.vectors import Vector, plan_of
 from tests.features.definition import TrainingRow, as_learned
 from tests.features.making import NOON, Append, AppendAll, make_event
 
@@ -97,7 +97,7 @@ async def test_training_sees_what_scoring_saw(
     pairs = [(str(row["entity_id"]), int(str(row["event_time"])) * 1000) for row in rows]
     vectors = await reader.vectors(plan_of(model, definitions), pairs)
 
-    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if vector is not None]
+    online = [{name: as_learned(value) for name, value in vector.values.items()} for vector in vectors if isinstance(vector, Vector)]
     assert online == [{name: row[name] for name in vector} for row, vector in zip(rows, online, strict=True)]
 
 

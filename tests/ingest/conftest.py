@@ -28,6 +28,7 @@ FEATURES = {
     "distance": {"type": "number", "unit": "mile", "min": 0, "max": 10_000},
     "late": {"type": "boolean"},
     "tail": {"type": "number"},
+    "route": {"type": "vector(2)"},
 }
 RECEIVED = EventReceived.topic.name
 GROUP = f"ingest.{RECEIVED}"

@@ -7,11 +7,14 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy import text
 
+from mojomesh_chassis.database import open_database
 from mojomesh_contracts.events import EventReceived
 from mojomesh_store.shards import open_feature_store
 
 RECEIVED = EventReceived.topic.name
+NOON = datetime(2013, 3, 1, 12, tzinfo=UTC)
 
 
 async def test_an_event_sent_twice_is_stored_once_and_announced_alike(world: Any, ingest: httpx.AsyncClient) -> None:
@@ -69,6 +72,8 @@ BAD_EVENTS: list[tuple[dict[str, Any], str]] = [
     ({"event_time": datetime(1899, 12, 31, tzinfo=UTC)}, "is not between 1900 and now + 5 minutes"),
     ({"reported_at": SOON}, "reported_at"),
     ({"entity_id": "U\x00A"}, "entity_id contains a NUL character"),
+    ({"vectors": {"route": [1.0]}}, "'route' must have 2 dimensions, has 1"),
+    ({"vectors": {"path": [1.0]}}, "'path' is not a vector of 'flights'"),
 ]
 
 
@@ -86,6 +91,17 @@ async def test_bad_events_are_dead_lettered_with_the_reason_and_the_good_ones_of
     assert len(buried) == len(bad)
     for event, (_, reason) in zip(bad, BAD_EVENTS, strict=True):
         assert reason in buried[event.event_id]
+
+
+async def test_a_vector_is_kept_beside_its_row(world: Any, ingest: httpx.AsyncClient, postgres: Any) -> None:
+    events = [world.make_event(at=NOON + timedelta(hours=n)).model_copy(update={"vectors": {"route": [n, 0.5]}}) for n in range(3)]
+
+    await world.records.publish(*events, *events[:2])
+    await world.until_handled()
+
+    async with open_database(postgres.url) as shard, shard.begin() as db:
+        kept = await db.execute(text("SELECT event_id, embedding::text FROM store.embeddings ORDER BY seq"))
+    assert [tuple(row) for row in kept] == [(event.event_id, f"[{n},0.5]") for n, event in enumerate(events)]
 
 
 async def test_every_fault_of_an_event_is_named(world: Any, ingest: httpx.AsyncClient) -> None:

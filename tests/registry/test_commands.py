@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,7 +18,7 @@ from mojomesh_cli.calls import CallFailed
 from mojomesh_cli.main import app
 from mojomesh_cli.models import TrainingFailed
 from mojomesh_contracts.bundles import Cause
-from mojomesh_contracts.events import TrainingRequested
+from mojomesh_contracts.events import LeftOut, TrafficFollowed, TrainingRequested
 
 
 class Commands:
@@ -169,8 +170,16 @@ async def test_traffic_is_set_shown_and_cleared(commands: Commands, served: Any)
 
     given = (await commands.run("traffic", "delay", "2=0.05", "3=shadow")).stdout
     listed = (await commands.run("models", "delay")).stdout
+    left_out = [LeftOut(version=2, reason="golden rows [differ]")]
+    await served.publish(
+        TrafficFollowed(event_id=uuid4(), model="delay", setting=1, replica="0", followed_at=datetime.now(UTC), left_out=left_out)
+    )
+    while "scorer 0 leaves version 2 out: golden rows [differ]" not in (await commands.run("traffic", "delay")).stdout:
+        await asyncio.sleep(0.02)
     cleared = await commands.json("traffic", "delay", "--clear")
 
+    assert "scorer 0 still follows setting 1 of 2" in (await commands.run("traffic", "delay")).stdout
+    assert "leaves" not in given
     assert "version 1 is the champion of delay and scores 95.0% of the entities" in given
     assert "version 2 scores 5.0% of the entities" in given
     assert "version 3 is a shadow" in given

@@ -1,7 +1,8 @@
 """Who scores beside the champion: shares, shadows, and what a promotion makes of them."""
 
+import asyncio
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -10,7 +11,7 @@ import pytest
 
 from mojomesh_contracts.bundles import BundleSchema, Column
 from mojomesh_contracts.drift import psi
-from mojomesh_contracts.events import ShadowCompared, TrafficSet
+from mojomesh_contracts.events import LeftOut, ShadowCompared, TrafficFollowed, TrafficSet
 from mojomesh_contracts.traffic import BUCKETS, bucket_of
 from mojomesh_registry.traffic import allot
 
@@ -114,6 +115,40 @@ async def test_a_shadow_that_cannot_score_a_new_champions_rows_ends(loop: Any) -
     await loop.post("/v1/models/delay/versions/3:promote", force=True, reason="fewer columns")
 
     assert [len(event.challengers) for event in await loop.heard(TrafficSet, 2)] == [1, 0]
+
+
+async def test_traffic_shows_what_each_scorer_said_last_of_it(loop: Any) -> None:
+    await versions(loop, 2)
+    await put(loop, {"version": 2, "share": 0.1})
+    refused = TrafficFollowed(
+        event_id=uuid4(),
+        model="delay",
+        setting=1,
+        replica="0",
+        followed_at=datetime.now(UTC),
+        left_out=[LeftOut(version=2, reason="golden rows differ")],
+    )
+    later = {"event_id": uuid4(), "followed_at": refused.followed_at + timedelta(seconds=1)}
+    taken = refused.model_copy(update={**later, "left_out": []})
+
+    async def followers(n_left_out: int) -> list[dict[str, Any]]:
+        while True:
+            found: list[dict[str, Any]] = (await loop.http.get("/v1/models/delay/traffic")).json()["followers"]
+            if found and len(found[0]["left_out"]) == n_left_out:
+                return found
+            await asyncio.sleep(0.02)
+
+    await loop.publish(refused)
+    (follower,) = await followers(1)
+    assert (follower["replica"], follower["setting"]) == ("0", 1)
+    assert follower["left_out"] == [{"version": 2, "reason": "golden rows differ"}]
+
+    await loop.publish(taken)
+    await followers(0)
+    await loop.publish(refused, taken.model_copy(update={"replica": "1"}))  # a repeat comes late, and changes nothing
+    while len(found := await followers(0)) < 2:
+        await asyncio.sleep(0.02)
+    assert [follower["left_out"] for follower in found] == [[], []]
 
 
 async def test_the_last_word_of_each_worker_on_a_shadow_counts_once(loop: Any) -> None:

@@ -207,9 +207,19 @@ class Scorer:
         return self.child.command.log.read_text()
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes that live, in no order."""
+        """The worker processes that listen, in no order: without the spare one."""
         children = [child for child in psutil.Process(self.child.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-        return [child for child in children if "mojomesh_scorer.worker" in child.cmdline()]
+        return [child for child in children if any(open.status == psutil.CONN_LISTEN for open in child.net_connections("tcp"))]
+
+    async def spare(self, after: int = 0) -> int:
+        """Process id of the process that waits to take a lost worker's slot, once it is ready; `after` is that of one before."""
+        while not (ready := [line["pid"] for line in self.logged("spare_up")]) or ready[-1] == after:
+            await asyncio.sleep(0.02)
+        return int(ready[-1])
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """Lines of the log with that event."""
+        return [json.loads(line) for line in self.log.splitlines() if f'"event": "{event}"' in line]
 
     async def score(self, model: str, values: Row, **more: Any) -> dict[str, Any]:
         """One native prediction, which must succeed."""

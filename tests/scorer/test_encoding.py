@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from mojomesh_contracts.bundles import BundleSchema, Column
 from mojomesh_contracts.events import FeatureValue
-from mojomesh_scorer.encoding import Encoder
+from mojomesh_scorer.encoding import BY_COLUMN_ROWS, Encoder
 from mojomesh_scorer.errors import BadTensor, RowsRefused, SchemaMismatch
 from mojomesh_scorer.tensors import Tensor, from_bytes, from_values, to_bytes
 
@@ -60,6 +61,41 @@ def test_a_column_the_model_does_not_have_is_named() -> None:
     with pytest.raises(RowsRefused, match="row 1: the model has no column 'carier'; its columns are carrier, distance, holiday") as refused:
         ENCODER.check_rows([{"carrier": "AA"}, {"carier": "AA"}])
     assert list(refused.value.reasons) == [1]
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["AA", "B6", "ZZ", ""]) | st.just(10**400)
+FITTING = {
+    "carrier": st.none() | st.sampled_from(["AA", "B6", "ZZ", ""]),
+    "distance": st.none() | st.integers() | st.floats(allow_infinity=False),
+    "holiday": st.none() | st.booleans(),
+}
+ROWS = st.fixed_dictionaries({}, optional=FITTING)
+ODD_ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(FITTING, VALUES))
+
+
+@given(st.lists(ROWS, min_size=BY_COLUMN_ROWS, max_size=BY_COLUMN_ROWS + 2), st.none() | ODD_ROWS)
+def test_many_rows_are_encoded_or_refused_as_each_would_be(
+    rows: list[dict[str, FeatureValue]], odd: dict[str, FeatureValue] | None
+) -> None:
+    rows = [*rows, *([odd] if odd else [])]
+    alone, unknown, reasons = [], Counter[str](), {}
+    for place, row in enumerate(rows):
+        try:
+            one = ENCODER.encode_rows([row])
+        except RowsRefused as refused:
+            reasons[place] = refused.reasons[0]
+        else:
+            alone += one.matrix.tolist()
+            unknown.update(one.unknown_levels)
+
+    if reasons:
+        with pytest.raises(RowsRefused) as refused_together:
+            ENCODER.encode_rows(rows)
+        assert refused_together.value.reasons == reasons
+        return
+    together = ENCODER.encode_rows(rows)
+    np.testing.assert_array_equal(together.matrix, alone)
+    assert together.unknown_levels == unknown
 
 
 def test_tensors_and_rows_are_encoded_alike() -> None:

@@ -23,6 +23,7 @@ from tests.scorer.making import (
     Scorer,
     StartScorer,
     Trained,
+    all_serving,
     make_keys,
     read_events,
     under_load,
@@ -210,7 +211,7 @@ async def test_a_bad_bundle_leaves_the_old_version_serving(
 ) -> None:
     await registry.promote("delay", 1, await registry.store(versions[1], "delay"))
     scorer = await start_scorer()
-    pids = {worker.pid for worker in scorer.workers()}
+    pids = set(await all_serving(scorer, 2))
 
     async with under_load(scorer, "delay", versions[1].rows) as load:
         for number, (make_bad, reason) in enumerate(BAD.values(), start=2):
@@ -228,13 +229,33 @@ async def test_a_bad_bundle_leaves_the_old_version_serving(
     assert load.failures == []
     assert {reply.version for reply in load.replies} == {1}
     assert wrong_scores(load, versions) == []
-    assert {worker.pid for worker in scorer.workers()} == pids
+    assert set(await all_serving(scorer, 2)) == pids
     # The control: the same bundle, left as it was signed, is served.
     good = write_bundle(tmp_path / uuid4().hex, versions[2], "delay", keys)
     await registry.promote("delay", 21, await publish_bundle(registry.objects, good))
     certificate = (await deployed(kafka, len(BAD) + 3))[-1]
     assert (certificate.succeeded, certificate.bundle_digest) == (True, digest_of(good))
     assert (await scorer.score("delay", {}))["version"] == 21
+
+
+async def test_the_spare_process_tries_each_version_first_and_is_thrown_away_if_it_fails(
+    start_scorer: StartScorer, registry: Registry, kafka: str, versions: dict[int, Trained], keys: Keys, tmp_path: Path
+) -> None:
+    await registry.promote("delay", 1, await registry.store(versions[1], "delay"))
+    scorer = await start_scorer()
+    pids = set(await all_serving(scorer, 2))
+    first = await scorer.spare()
+
+    await registry.promote("delay", 2, await registry.store(versions[2], "delay"))
+    assert (await deployed(kafka, 2))[-1].succeeded
+    assert await scorer.spare() == first
+    await registry.promote("delay", 3, await _crashing(registry, write_bundle(tmp_path / uuid4().hex, versions[1], "delay", keys)))
+    assert not (await deployed(kafka, 3))[-1].succeeded
+
+    assert await scorer.spare(after=first) not in {first, *pids}
+    workers = (await scorer.admin.get("/admin/workers", headers=scorer.authorized)).json()
+    assert {worker["pid"] for worker in workers} == pids
+    assert [worker["serving"] for worker in workers] == [{"delay": 2}] * 2
 
 
 @asynccontextmanager

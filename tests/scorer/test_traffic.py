@@ -10,11 +10,21 @@ import pytest
 import tritonclient.grpc.aio as triton
 
 from mojomesh_contracts.bundles import BundleSchema, Column, Golden, GoldenRow
-from mojomesh_contracts.events import Challenger, PredictionsMade, ScoreRequested, ShadowCompared
+from mojomesh_contracts.events import Challenger, PredictionsMade, ScoreRequested, ShadowCompared, TrafficFollowed
 from mojomesh_contracts.traffic import bucket_of
 from mojomesh_scorer.encoding import recoder
 from mojomesh_scorer.errors import SchemaMismatch
-from tests.scorer.making import TOLERANCE, Registry, Scorer, StartScorer, Trained, infer_tensor, read_predictions, records_of
+from tests.scorer.making import (
+    TOLERANCE,
+    Registry,
+    Scorer,
+    StartScorer,
+    Trained,
+    infer_tensor,
+    read_events,
+    read_predictions,
+    records_of,
+)
 
 BUCKETS = list(range(300))
 
@@ -102,7 +112,7 @@ async def test_an_entity_has_one_version_on_every_door_of_every_worker_and_its_s
 
 
 async def test_a_replaced_worker_has_the_challengers_stale_settings_change_nothing_and_a_bad_challenger_is_left_out(
-    start_scorer: StartScorer, registry: Registry, versions: dict[int, Trained], digests: dict[int, str]
+    start_scorer: StartScorer, registry: Registry, kafka: str, versions: dict[int, Trained], digests: dict[int, str]
 ) -> None:
     scorer = await start_scorer()
     challenger = Challenger(version=2, bundle_digest=digests[2], buckets=BUCKETS)
@@ -127,8 +137,9 @@ async def test_a_replaced_worker_has_the_challengers_stale_settings_change_nothi
     assert await serving(challenged) == {2}
 
     await registry.set_traffic("delay", 3, bad, challenger)
-    while "challenger_refused" not in scorer.log or '"setting": 3' not in scorer.log:
-        await asyncio.sleep(0.02)
+    followed = await read_events(kafka, TrafficFollowed, 2)
+    assert {event.setting: [one.version for one in event.left_out] for event in followed} == {2: [], 3: [3]}
+    assert "golden rows" in next(event.left_out[0].reason for event in followed if event.left_out)
     await beside(scorer, 2, [2])
     assert "traffic_stale" in scorer.log
     theirs = next(entity for entity in map(str, range(1000)) if bucket_of("delay", entity) in bad.buckets)

@@ -36,6 +36,27 @@ async def test_a_worker_killed_under_load_is_replaced_with_its_models_loaded(
     assert all(abs(reply.score - trained.scores[reply.row][1]) <= 1e-6 for reply in load.replies)
 
 
+@pytest.mark.parametrize("has_spare", [True, False])
+async def test_a_killed_worker_is_replaced_by_the_spare_process_or_by_a_new_one(
+    start_scorer: StartScorer, registry: Registry, models: dict[str, Trained], has_spare: bool
+) -> None:
+    """The control takes the spare away first."""
+    await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
+    scorer = await start_scorer()
+    before = await all_serving(scorer, 2)
+    spare = await scorer.spare()
+    if not has_spare:
+        psutil.Process(spare).kill()
+
+    psutil.Process(before[0]).kill()
+    while before[0] in (after := await all_serving(scorer, 2)):
+        await asyncio.sleep(0.01)
+
+    assert spare not in before and before[1] in after
+    assert (spare in after) == has_spare
+    assert await scorer.spare(after=spare) not in after  # there is one again
+
+
 async def test_without_the_supervisor_nobody_replaces_a_killed_worker(
     start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]
 ) -> None:
@@ -58,8 +79,7 @@ async def test_without_the_supervisor_nobody_replaces_a_killed_worker(
 async def test_workers_die_with_a_killed_supervisor(start_scorer: StartScorer, registry: Registry, models: dict[str, Trained]) -> None:
     await registry.promote("delay", 1, await registry.store(models["binomial"], "delay"))
     scorer = await start_scorer()
-    workers = scorer.workers()
-    assert len(workers) == 2
+    workers = [psutil.Process(pid) for pid in [*await all_serving(scorer, 2), await scorer.spare()]]
 
     psutil.Process(scorer.child.pid).kill()
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mojomesh_chassis.database import migrate
 from mojomesh_chassis.topics import ensure_topics
+from mojomesh_store.rebalancing import claim
+from mojomesh_store.shards import open_feature_store
 
 # The feature store's tables are on every shard; the services' own on the first.
 SHARDED = "mojomesh_store"
-SERVICES = ("mojomesh_features", "mojomesh_trainer", "mojomesh_registry")
+SERVICES = ("mojomesh_ingest", "mojomesh_features", "mojomesh_trainer", "mojomesh_registry")
 
 
 async def migrate_tables(owner_urls: Sequence[str]) -> None:
@@ -20,6 +22,8 @@ async def migrate_tables(owner_urls: Sequence[str]) -> None:
     for package, url in homes:
         if _owns_tables(package):
             await migrate(package, url)
+    async with open_feature_store(owner_urls) as store:
+        await claim(store)
 
 
 async def migrate_mesh(kafka: str, owner_urls: Sequence[str]) -> None:

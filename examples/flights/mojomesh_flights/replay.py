@@ -124,7 +124,7 @@ class Replay:
 
     async def _publish_bad(self) -> None:
         bad = list(_bad_events())
-        await self._publisher.send([(EventReceived.topic.name, b"bad", value, []) for value in bad])
+        await self._publisher.send([Record(EventReceived.topic.name, b"bad", value, []) for value in bad])
         self.n_bad += len(bad)
 
     async def _ask_when_stored(self, told: asyncio.Event) -> None:
@@ -171,7 +171,7 @@ class Replay:
 
 
 def _told(fact: Fact) -> Record:
-    return EventReceived.topic.name, fact.entity_id.encode(), fact.json, []
+    return Record(EventReceived.topic.name, fact.entity_id.encode(), fact.json, [])
 
 
 def _question(fact: Fact) -> Record:
@@ -181,7 +181,7 @@ def _question(fact: Fact) -> Record:
         entity_id=fact.entity_id,
         event_time=datetime.fromisoformat(fact.event_time),
     )
-    return asked.topic.name, asked.partition_key.encode(), asked.model_dump_json().encode(), []
+    return Record(asked.topic.name, asked.partition_key.encode(), asked.model_dump_json().encode(), [])
 
 
 def _bad_events() -> Iterator[bytes]:

@@ -11,14 +11,18 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.objects import open_objects
+from mojomesh_chassis.outbox import relaying
 from mojomesh_chassis.publishing import open_publisher
 from mojomesh_chassis.redis import open_redis
 from mojomesh_features import handlers, routes
 from mojomesh_features.champions import ChampionBundles, Champions
+from mojomesh_features.judging import OUTBOX, Judge, judging
+from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Retired, retiring
 from mojomesh_features.sealing import Due, Sealer, sealing
 from mojomesh_features.settings import FeaturesSettings
+from mojomesh_features.skew import SkewMonitor, watching_skew
 from mojomesh_features.snapshots import Snapshots
 from mojomesh_store.online import OnlineStore
 from mojomesh_store.shards import open_feature_store
@@ -37,10 +41,12 @@ def build(settings: FeaturesSettings) -> FastAPI:
             objects = open_objects(settings.objects)
             publisher = await stack.enter_async_context(open_publisher(settings))
             # Redis has no ping here: without it answers are the same.
-            health.add("postgres", feature_store.ping)
+            health.add("postgres", database.ping)
+            health.add("shards", feature_store.ping)
             health.add("objects", objects.ping)
             definitions = Definitions()
             snapshots = Snapshots(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
+            champions, bundles = Champions(), ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key)
             await stack.enter_async_context(
                 consuming(
                     handlers.router,
@@ -50,18 +56,23 @@ def build(settings: FeaturesSettings) -> FastAPI:
                     online=online,
                     database=database,
                     definitions=definitions,
-                    champions=Champions(),
-                    bundles=ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key),
+                    champions=champions,
+                    bundles=bundles,
                 )
             )
             sealer = Sealer(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
             due = Due(settings.seal_rows, settings.seal_age)
             await stack.enter_async_context(sealing(sealer, definitions, due, health))
             await stack.enter_async_context(retiring(feature_store, definitions, retired := Retired(), settings.keep, health))
+            monitor = SkewMonitor(snapshots, database, champions, bundles, definitions)
+            await stack.enter_async_context(watching_skew(monitor, settings.compare_every, health))
+            relay = await stack.enter_async_context(relaying(database, OUTBOX, publisher, health))
+            await stack.enter_async_context(judging(Judge(feature_store, definitions, relay), health))
             yield {
                 "database": database,
                 "feature_store": feature_store,
                 "reader": FeatureReader(feature_store, online, retired),
+                "neighbours": Neighbours(feature_store, retired),
                 "definitions": definitions,
                 "snapshots": snapshots,
                 "sealer": sealer,

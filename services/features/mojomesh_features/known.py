@@ -83,10 +83,9 @@ class KnownRows:
         return _SEGMENTS.validate_json(cursor.fetchone()[0])
 
     def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
-        after = f"AND created_at > '{sealed.isoformat()}'" if sealed else ""
         cursor.execute(f"""
             SELECT entity_id, event_time, reported_at, created_at, seq, "values"::text AS vector FROM store.feature_rows
-            WHERE feature_set = '{self._feature_set}' AND {self._known()} {after}
+            WHERE feature_set = '{self._feature_set}' AND {self._known()} AND {self._counts(sealed)}
         """)
         db.register("arriving", cursor.fetch_record_batch())
         features = "".join(f', vector."{name}"' for name in self._features)
@@ -112,6 +111,10 @@ class KnownRows:
 
     def _known(self) -> str:
         return f"created_at <= '{self._snapshot_time.isoformat()}'"
+
+    def _counts(self, sealed: datetime | None) -> str:
+        """Of the rows on a shard those that are neither in a segment nor copies, which count where they were copied from."""
+        return "created_at > " + (f"'{sealed.isoformat()}'" if sealed else "(SELECT counts_after FROM store.shard)")
 
     def _last_of_tied(self) -> str:
         return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(_ORDER)} ORDER BY seq DESC) = 1"

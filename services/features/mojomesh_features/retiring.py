@@ -11,11 +11,13 @@ from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.telemetry import log
 from mojomesh_store import retirement
+from mojomesh_store.errors import ShardAway
 from mojomesh_store.online import EVER, Window, microseconds, moment
 from mojomesh_store.retirement import Retirement
-from mojomesh_store.shards import FeatureStore
+from mojomesh_store.shards import FeatureStore, Shard
 
 LOOK_S = 60.0
+PATIENCE_S = 5.0  # with one of several shards
 
 
 class Gone(PermanentError):
@@ -32,11 +34,14 @@ class Retired:
 
     async def look(self, feature_store: FeatureStore) -> None:
         """Learn what was announced, on every shard."""
-        for shard in feature_store.shards:
-            async with shard.begin() as db:
+
+        async def look(shard: Shard) -> None:
+            async with shard.begin(PATIENCE_S) as db:
                 for found in await retirement.retirements(db):
                     if found.feature_set not in self._of or found.before > self._of[found.feature_set].before:
                         self._of[found.feature_set] = found
+
+        await feature_store.each(look)
 
     def cut(self, feature_set: str, window: Window) -> Window:
         """The window, less the times of which it does not know what has left: it is complete from the last row that had to stay."""
@@ -72,16 +77,20 @@ async def maintain(feature_store: FeatureStore, feature_sets: Iterable[str], kee
     Raises:
         TransientError: A shard does not answer, or a partition was in use for too long; a later round goes on from there.
     """
-    gone = 0
     month = (datetime.now(UTC) - keep).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    for shard in feature_store.shards:
-        for feature_set in feature_sets:
+    wanted = list(feature_sets)
+
+    async def maintain_shard(shard: Shard) -> int:
+        gone = 0
+        for feature_set in wanted:
             async with shard.begin() as db:
                 if await retirement.take_turn(db):
                     await retirement.add_partitions(db, feature_set)
                     gone += await retirement.retire(db, feature_set, grace)
                     await retirement.announce(db, feature_set, month)
-    return gone
+        return gone
+
+    return sum(await feature_store.each(maintain_shard))
 
 
 @asynccontextmanager
@@ -89,7 +98,10 @@ async def retiring(
     feature_store: FeatureStore, definitions: Definitions, retired: Retired, keep: timedelta | None, health: Health
 ) -> AsyncIterator[None]:
     """Maintain partitions beside the service, and keep `retired` current. Should a bug end it, the service is not ready any more."""
-    await retired.look(feature_store)
+    try:
+        await retired.look(feature_store)
+    except ShardAway as error:  # the others know the same: a time is announced on all shards in one round
+        log.warning("shard_away", reason=str(error))
     async with health.beside("partitions", _keep_retiring(feature_store, definitions, retired, keep), "partition maintenance"):
         yield
 

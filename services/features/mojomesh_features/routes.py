@@ -13,13 +13,16 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import NotFound
+from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
+from mojomesh_features.judging import windows_of
+from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_store import embeddings
 from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.vectors import AsOf, Vector, plan_of
@@ -39,6 +42,7 @@ def _resource(name: str) -> Any:
 ADatabase = Annotated[Database, _resource("database")]
 AFeatureStore = Annotated[FeatureStore, _resource("feature_store")]
 AReader = Annotated[FeatureReader, _resource("reader")]
+SomeNeighbours = Annotated[Neighbours, _resource("neighbours")]
 SomeDefinitions = Annotated[Definitions, _resource("definitions")]
 ASealer = Annotated[Sealer, _resource("sealer")]
 SomeSnapshots = Annotated[Snapshots, _resource("snapshots")]
@@ -60,6 +64,19 @@ class AskedBatch(BaseModel):
 
     rows: list[Asked] = Field(max_length=MOST_ROWS)
     snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew it then; by default as it knows it now")
+
+
+class AskedNearest(BaseModel):
+    """Rows by the nearness of a vector."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    feature: str = Field(description="Of type `vector(n)`")
+    vector: list[float]
+    k: int = Field(default=10, ge=1, le=500)
+    at: AwareDatetime | None = Field(default=None, description="Rows that were true then; by default now")
+    snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew them then; by default as it knows them now")
+    exact: bool = Field(default=False, description="Compare all vectors instead of those that the index leads to")
 
 
 class AskedVector(BaseModel):
@@ -89,7 +106,8 @@ async def stored_rows(feature_store: AFeatureStore, definitions: SomeDefinitions
             for feature_set, n in await db.execute(
                 text("""
                 SELECT feature_set, count(*) FROM (
-                    SELECT feature_set FROM store.feature_rows UNION ALL SELECT feature_set FROM store.retired_events
+                    SELECT feature_set FROM store.feature_rows UNION ALL
+                    SELECT feature_set FROM store.retired_events WHERE NOT forgotten
                 ) AS stored GROUP BY feature_set
             """)
             ):
@@ -120,6 +138,22 @@ async def latest_rows(feature_set: str, asked: AskedBatch, reader: AReader, defi
     return _json({"rows": [None if row is None else _row(entity, row) for entity, row in rows]})
 
 
+@router.post("/v1/features/{feature_set}:nearest")
+async def nearest_rows(feature_set: str, asked: AskedNearest, neighbours: SomeNeighbours, definitions: SomeDefinitions) -> Response:
+    """The rows with the vectors nearest to one, among those true at an event time as the mesh knew them at `snapshot_time`."""
+    found = definitions.feature_set(feature_set)
+    declared = found.vectors.get(asked.feature)
+    if declared is None:
+        raise NotFound(f"'{feature_set}' has no vector '{asked.feature}'; it has {', '.join(found.vectors) or 'none'}")
+    if problem := declared.problem(asked.vector):
+        raise PermanentError(f"the vector {problem}")
+    now = datetime.now(UTC)
+    at, snapshot_time = asked.at or now, asked.snapshot_time or datetime.max.replace(tzinfo=UTC)
+    which = embeddings.Asked(found.name, asked.feature, declared, asked.vector, asked.k, at, snapshot_time)
+    near = await neighbours.nearest(which, asked.snapshot_time is not None, asked.exact)
+    return _json({"rows": [{"feature_set": found.name, **row._asdict()} for row in near]})
+
+
 @router.get("/v1/features/{feature_set}/{entity_id:path}")
 async def latest_row(
     feature_set: str,
@@ -146,6 +180,12 @@ async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snap
     return await snapshots.take(plan, label_of(query.model.label, definitions), query.snapshot_time)
 
 
+@router.post("/v1/snapshots:erasures")
+async def snapshot_erasures(query: SnapshotQuery, definitions: SomeDefinitions, snapshots: SomeSnapshots) -> dict[str, list[datetime]]:
+    """When facts were erased that a snapshot had or would have had: taken before, it was another."""
+    return {"erasures": await snapshots.erasures(plan_of(query.model, definitions), query.snapshot_time)}
+
+
 @router.post("/v1/segments:seal", dependencies=[Protected])
 async def seal(definitions: SomeDefinitions, sealer: ASealer) -> dict[str, Any]:
     """Seal every row that is known now, of all feature sets; the new segments. What another process is sealing is left to it."""
@@ -162,6 +202,17 @@ async def drift(
     async with database.begin() as db:
         windows, alerts = await tables.drift_of(db, model, limit)
     return _json({"model": model, "windows": windows, "alerts": alerts})
+
+
+@router.get("/v1/quality/{feature_set}")
+async def quality(
+    feature_set: str, database: ADatabase, definitions: SomeDefinitions, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+) -> Response:
+    """What came in of a feature set, window by window, and what of it was not as its definition expects."""
+    definitions.feature_set(feature_set)  # refuses a name that nobody defined
+    async with database.begin() as db:
+        windows = await windows_of(db, feature_set, limit)
+    return _json({"feature_set": feature_set, "windows": windows})
 
 
 @router.get("/v1/predictions/{prediction_id}")
@@ -196,7 +247,9 @@ def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
     return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
 
 
-def _vector(spine: str, entity_id: str, at: int, vector: Vector | None) -> dict[str, Any]:
+def _vector(spine: str, entity_id: str, at: int, vector: Vector | TransientError | None) -> dict[str, Any]:
+    if isinstance(vector, TransientError):
+        return {"away": str(vector)}
     if vector is None:
         return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
     if vector.too_old:

@@ -28,7 +28,7 @@ from mojomesh_features.segments import Extent, columns_of, duckdb_config, read_s
 from mojomesh_store import rows, segments
 from mojomesh_store.online import microseconds
 from mojomesh_store.segments import Segment
-from mojomesh_store.shards import FeatureStore
+from mojomesh_store.shards import FeatureStore, Shard
 
 MOST_ROWS = 4_000_000  # a segment, and what came in the same second as its last
 LOOK_S = 60.0
@@ -47,7 +47,8 @@ class Sealer:
     """Seals the rows of all shards. `shard_urls` are those of the feature store, in the same order."""
 
     def __init__(self, feature_store: FeatureStore, shard_urls: Sequence[str], objects: Objects, folder: Path, memory_limit: str) -> None:
-        self._shards = list(zip(feature_store.shards, shard_urls, strict=True))
+        self._feature_store = feature_store
+        self._shard_urls = shard_urls
         self._objects = objects
         self._folder = folder
         self._memory_limit = memory_limit
@@ -59,22 +60,24 @@ class Sealer:
             TransientError: A shard does not answer, or its writers hold their transactions open.
             Conflict: Where a segment belongs lies a file with other rows.
         """
-        sealed = []
-        for number, (shard, _) in enumerate(self._shards):
+        sealed: list[Segment] = []
+
+        async def seal_shard(shard: Shard) -> None:
             async with shard.begin() as db:
                 watermark = await rows.snapshot_clock(db)
             await rows.pass_snapshot(shard, watermark)
             # Only now: whatever was stored was checked against a definition that had been applied.
             await definitions.caught_up()
             for feature_set in list(definitions.feature_sets.values()):
-                while segment := await self._seal_next(number, feature_set, watermark, due, most_rows):
+                while segment := await self._seal_next(shard, feature_set, watermark, due, most_rows):
                     log.info("segment_sealed", path=segment.path, n_rows=segment.n_rows)
                     sealed.append(segment)
+
+        await self._feature_store.each(seal_shard)
         return sealed
 
-    async def _seal_next(self, number: int, feature_set: FeatureSet, watermark: datetime, due: Due, most_rows: int) -> Segment | None:
+    async def _seal_next(self, shard: Shard, feature_set: FeatureSet, watermark: datetime, due: Due, most_rows: int) -> Segment | None:
         """Seal the oldest of the tail; None if nothing is due, or another process is at it."""
-        shard, url = self._shards[number]
         name = feature_set.name
         async with shard.begin() as db:
             if not await segments.take_turn(db, name):
@@ -83,11 +86,11 @@ class Sealer:
             tail = await segments.unsealed(db, name, follows, watermark, most_rows)
             if tail is None or (tail.n_rows < due.rows and watermark - tail.oldest < due.age):
                 return None
-            path = f"segments/{name}/{number}-{microseconds(follows) if follows else 0:016d}.parquet"
+            path = f"segments/{name}/{shard.number}-{microseconds(follows) if follows else 0:016d}.parquet"
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix="seal-") as folder:
                 if not await self._objects.exists(path):
-                    await self._write(url, Extent(name, follows, tail.until), feature_set, path, Path(folder))
+                    await self._write(self._shard_urls[shard.number], Extent(name, follows, tail.until), feature_set, path, Path(folder))
                 file = await self._objects.fetch(path, Path(folder))
                 segment = await asyncio.to_thread(read_segment, file, name, follows, path)
             if await segments.checksum(db, name, follows, segment.created_until) != (segment.n_rows, segment.sum_of_seqs):

@@ -5,6 +5,7 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import duckdb
 import orjson
@@ -57,12 +58,12 @@ def write_segment(shard_url: str, extent: Extent, columns: Mapping[str, str], to
     Reading is one COPY out of PostgreSQL; vectors are taken apart by DuckDB, which also sorts, within its bound of memory.
     """
     names = ", ".join(f"'{name}'" for name in columns)
-    after = "" if extent.follows is None else f"AND created_at > '{extent.follows.isoformat()}'"
+    follows = "(SELECT counts_after FROM store.shard)" if extent.follows is None else f"'{extent.follows.isoformat()}'"
     query = f"""
         SELECT entity_id, event_time, reported_at, created_at, seq, event_id::text AS event_id, "values"::text AS vector,
             nullif("values" - ARRAY[{names}]::text[], '{{}}')::text AS {OTHER}
         FROM store.feature_rows
-        WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' {after}
+        WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' AND created_at > {follows}
     """
     shape = json_shape({name: DUCKDB_TYPES[kind] for name, kind in columns.items()})
     parsed = f"from_json(vector, '{shape}')" if columns else "NULL"
@@ -106,6 +107,39 @@ def read_segment(file: Path, feature_set: str, follows: datetime | None, path: s
         moment(first_us),
         moment(last_us),
     )
+
+
+class ErasedRow(NamedTuple):
+    """What an erasure needs to know of a row."""
+
+    event_time: datetime
+    created_at: datetime
+    event_id: UUID
+
+
+def rows_of_entity(file: Path, entity_id: str) -> list[ErasedRow]:
+    """An entity's rows in a segment; rows lie sorted by entity, so of the others little is read."""
+    with duckdb.connect() as db:
+        found = db.execute(f"SELECT epoch_us(event_time), epoch_us(created_at), event_id FROM '{file}' WHERE entity_id = ?", [entity_id])
+        return [ErasedRow(moment(event_us), moment(created_us), UUID(event_id)) for event_us, created_us, event_id in found.fetchall()]
+
+
+def n_rows_of(file: Path) -> int:
+    """Rows in a segment, from the file's end alone."""
+    with duckdb.connect() as db:
+        return int(_only(db.execute(f"SELECT num_rows FROM parquet_file_metadata('{file}')"))[0])
+
+
+def write_without(file: Path, entity_id: str, to: Path, config: Config) -> Path:
+    """Write a segment without an entity's rows, else the same in the same order; `to`."""
+    with duckdb.connect(config=config) as db:
+        (about,) = _only(db.execute(f"SELECT decode(value) FROM parquet_kv_metadata('{file}') WHERE decode(key) = 'mojomesh'"))
+        db.execute("SET VARIABLE forgotten = ?", [entity_id])
+        db.execute(f"""
+            COPY (FROM '{file}' WHERE entity_id <> getvariable('forgotten'))
+            TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, KV_METADATA {{mojomesh: '{about}'}})
+        """)
+    return to
 
 
 def _only(found: duckdb.DuckDBPyConnection) -> tuple[Any, ...]:

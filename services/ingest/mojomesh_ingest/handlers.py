@@ -1,24 +1,38 @@
 """What ingest does with the events it consumes."""
 
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import UTC, datetime
 from uuid import uuid5
 
 from mojomesh_chassis.consuming import MeshRouter
 from mojomesh_chassis.definitions import Definitions, subscribe_definitions
-from mojomesh_chassis.errors import Rejected
-from mojomesh_contracts.events import EventReceived, FeaturesWritten
+from mojomesh_chassis.errors import Rejected, TransientError
+from mojomesh_contracts.definitions import FeatureSet
+from mojomesh_contracts.events import Event, EventParked, EventReceived, FeaturesWritten
 from mojomesh_contracts.validation import problem_of
-from mojomesh_store import rows
-from mojomesh_store.shards import FeatureStore
+from mojomesh_ingest import checking
+from mojomesh_ingest.parking import Parking
+from mojomesh_store.errors import Moved, TooFewShards
+from mojomesh_store.rows import row_id
+from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.tables import FeatureRow
 
 router = MeshRouter("ingest")
 subscribe_definitions(router)
 
+PATIENCE_S = 5.0  # with one of several shards, before its events are parked
+MOST_PATIENCE_S = 60.0  # with a shard whose events are parked: others do not wait for it
+
 
 @router.work(EventReceived, batch=5_000)
-async def on_events_received(events: list[EventReceived], feature_store: FeatureStore, definitions: Definitions) -> list[FeaturesWritten]:
+async def on_events_received(
+    events: list[EventReceived], feature_store: FeatureStore, definitions: Definitions, parking: Parking
+) -> list[Event]:
     """Store each event once, as a feature row; announce all of them, so that a repeat after a crash still announces.
+
+    What its feature set says to hold back goes to quarantine instead. Of several shards one that is away or slow holds up nobody: its
+    events are parked, and so are those that come after them.
 
     Raises:
         Rejected: Some events break their feature set, or name none.
@@ -29,10 +43,46 @@ async def on_events_received(events: list[EventReceived], feature_store: Feature
     problems = (problem_of(event, definitions.feature_sets.get(event.feature_set), now) for event in events)
     if reasons := {index: problem for index, problem in enumerate(problems) if problem}:
         raise Rejected(reasons)
-    stored: list[FeatureRow] = []
-    for shard, part in feature_store.split(events):
-        async with shard.begin() as db:
-            stored += await rows.append(db, part)
+    feature_sets = definitions.feature_sets
+    parts = feature_store.split(events)
+    if len(feature_store.shards) == 1:
+        return await _store(feature_store, *parts[0], feature_sets)
+    waiting = await parking.queues(feature_store.n_placed)
+    storing: dict[Shard, Awaitable[list[Event]]] = {
+        shard: asyncio.wait_for(_store(feature_store, shard, part, feature_sets), PATIENCE_S)
+        for shard, part in parts
+        if parking.queue_of(shard) not in waiting
+    }
+    outcomes = dict(zip(storing, await asyncio.gather(*storing.values(), return_exceptions=True), strict=True))
+    following: list[Event] = []
+    for shard, part in parts:
+        match outcomes.get(shard):
+            case list(announced):
+                following += announced
+            case Moved() | TooFewShards() as error:
+                raise error
+            case None | TransientError() | TimeoutError() as error:
+                following += parking.park(shard, part, error)
+            case BaseException() as error:
+                raise error
+    return following
+
+
+@router.work(EventParked, batch=5_000, apart=True)
+async def on_events_parked(events: list[EventParked], feature_store: FeatureStore, definitions: Definitions) -> list[Event]:
+    """Store what waited for its shard, in the order in which it came; it waits on while the shard is away."""
+    async with asyncio.timeout(MOST_PATIENCE_S):
+        parts = feature_store.split(parked.event for parked in events)
+        return [event for shard, part in parts for event in await _store(feature_store, shard, part, definitions.feature_sets)]
+
+
+async def _store(
+    feature_store: FeatureStore, shard: Shard, events: Sequence[EventReceived], feature_sets: Mapping[str, FeatureSet]
+) -> list[Event]:
+    """Store events of one shard; what announces them."""
+    odd = checking.problems_of(events, feature_sets)
+    held = await checking.hold_back(events, odd, feature_sets, feature_store)
+    stored = await checking.append(feature_store, shard, [event for event in events if row_id(event) not in held], odd, feature_sets)
     return [announcement(row) for row in stored]
 
 

@@ -1,18 +1,22 @@
 """Ingest over HTTP: the door for clients that do not speak Kafka."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
+from uuid import UUID
 
-from fastapi import APIRouter, Request
-from pydantic import BaseModel, ValidationError
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError, TooLarge, faults_of
-from mojomesh_chassis.http import read_body
+from mojomesh_chassis.http import Protected, read_body
+from mojomesh_chassis.outbox import Relay
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_contracts.events import EventReceived
 from mojomesh_contracts.validation import problem_of
+from mojomesh_ingest import quarantine
 from mojomesh_ingest.errors import EventsRefused, Refusal
 
 MAX_EVENTS = 5_000
@@ -50,6 +54,37 @@ async def receive_events(request: Request) -> Accepted:
         raise EventsRefused(sorted(refusals, key=lambda refusal: refusal.index), len(sent))
     await publisher.publish(list(events.values()))
     return Accepted(accepted=len(sent))
+
+
+class Release(BaseModel):
+    """Which events to let go: those with these ids, or all; of one feature set, or of every one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    event_ids: list[UUID] | None = Field(default=None, min_length=1, max_length=MAX_EVENTS)
+    feature_set: str | None = None
+
+
+@router.get("/quarantine")
+async def held_events(
+    request: Request, feature_set: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100
+) -> dict[str, list[dict[str, Any]]]:
+    """What is held back because it is not as its definition expects, oldest first."""
+    database: Database = request.state.database
+    async with database.begin() as db:
+        held = await quarantine.held(db, feature_set, limit)
+    return {"events": [{**event.model_dump(mode="json"), "problems": problems, "held_at": held_at} for event, problems, held_at in held]}
+
+
+@router.post("/quarantine:release", dependencies=[Protected])
+async def release_events(request: Request, asked: Release) -> dict[str, list[UUID]]:
+    """Let held events go: they are sent again and stored, whatever their values. What was let go before is left out, so repeat at will."""
+    database: Database = request.state.database
+    relay: Relay = request.state.relay
+    async with database.begin() as db:
+        released = await quarantine.release(db, asked.feature_set, asked.event_ids, MAX_EVENTS)
+    relay.wake()
+    return {"released": [event.event_id for event in released]}
 
 
 def _sent(body: bytes) -> list[Any]:

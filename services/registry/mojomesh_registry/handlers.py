@@ -4,6 +4,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sqlalchemy import tuple_
 from sqlalchemy.dialects.postgresql import insert
 
 from mojomesh_chassis.bundles import fetch_bundle
@@ -13,8 +14,8 @@ from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.outbox import Relay
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Event, FoldTrained, ModelDeployed, ModelReady, ShadowCompared
-from mojomesh_registry.tables import Deployment, Fold, Shadow
+from mojomesh_contracts.events import Event, FoldTrained, ModelDeployed, ModelReady, ShadowCompared, TrafficFollowed
+from mojomesh_registry.tables import Deployment, Fold, Follower, Shadow
 from mojomesh_registry.versions import register
 
 router = MeshRouter("registry")
@@ -69,4 +70,22 @@ async def on_models_shadowed(events: list[ShadowCompared], database: Database) -
             row = insert(Shadow).values(counter=event.counter, model=event.model, n_rows=event.n_rows, event=event.model_dump(mode="json"))
             newer = {"n_rows": row.excluded.n_rows, "event": row.excluded.event}
             await db.execute(row.on_conflict_do_update(index_elements=["counter"], set_=newer, where=Shadow.n_rows < row.excluded.n_rows))
+    return []
+
+
+@router.work(TrafficFollowed, batch=100)
+async def on_traffic_followed(events: list[TrafficFollowed], database: Database) -> list[Event]:
+    """Keep the last word of each replica on each model's traffic."""
+    async with database.begin() as db:
+        for event in sorted(events, key=lambda event: (event.model, event.replica, event.setting, event.followed_at)):
+            row = insert(Follower).values(
+                **event.model_dump(mode="json", include={"model", "replica", "setting", "left_out"}), followed_at=event.followed_at
+            )
+            newer = {name: row.excluded[name] for name in ("setting", "followed_at", "left_out")}
+            known = tuple_(Follower.setting, Follower.followed_at)
+            await db.execute(
+                row.on_conflict_do_update(
+                    index_elements=["model", "replica"], set_=newer, where=known < tuple_(row.excluded.setting, row.excluded.followed_at)
+                )
+            )
     return []

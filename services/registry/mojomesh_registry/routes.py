@@ -16,11 +16,11 @@ from mojomesh_chassis.faults import fault
 from mojomesh_chassis.http import Protected
 from mojomesh_chassis.outbox import Relay, save_events
 from mojomesh_contracts.definitions import DefinitionError, FeatureSet, Model, parse_definition, parse_definitions
-from mojomesh_contracts.events import TrainingRequested
+from mojomesh_contracts.events import LeftOut, TrainingRequested
 from mojomesh_registry import applying, lineage, shadows
 from mojomesh_registry.errors import ChampionChanged, WrongDefinitions, WrongTraffic
-from mojomesh_registry.tables import OUTBOX, AppliedDefinition, RegisteredModel, Traffic, Version
-from mojomesh_registry.traffic import traffic_of
+from mojomesh_registry.tables import OUTBOX, AppliedDefinition, Follower, RegisteredModel, Traffic, Version
+from mojomesh_registry.traffic import followers_of, traffic_of
 from mojomesh_registry.versions import Cause, before_champion, challenge, promote_by_hand, registered_model, version_of
 
 router = APIRouter(prefix="/v1")
@@ -82,6 +82,17 @@ class TrafficAsked(Asked):
     reason: str | None = Field(default=None, max_length=1000)
 
 
+class FollowerInfo(BaseModel):
+    """What a scorer replica made of the last setting that it heard of."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    replica: str
+    setting: int
+    followed_at: datetime
+    left_out: list[LeftOut]
+
+
 class TrafficInfo(BaseModel):
     """Who scores beside the champion, by which setting; 0 when there never was one."""
 
@@ -89,6 +100,7 @@ class TrafficInfo(BaseModel):
     champion: int | None
     setting: int
     challengers: list[lineage.ChallengerInfo]
+    followers: list[FollowerInfo] = Field(description="A replica whose setting is lower has not followed yet, or is gone")
 
 
 class Promoted(BaseModel):
@@ -209,7 +221,7 @@ async def put_traffic(model: str, asked: TrafficAsked, database: InDatabase, rel
     async with database.begin() as db:
         registered = await registered_model(db, model)
         traffic = await challenge(db, registered, wanted, asked.reason, datetime.now(UTC))
-        info = _traffic_info(registered, traffic)
+        info = _traffic_info(registered, traffic, await followers_of(db, model))
     fault("registry.committed")
     relay.wake()
     return info
@@ -219,7 +231,7 @@ async def put_traffic(model: str, asked: TrafficAsked, database: InDatabase, rel
 async def get_traffic(model: str, database: InDatabase) -> TrafficInfo:
     """Who scores beside the champion."""
     async with database.begin() as db:
-        return _traffic_info(await registered_model(db, model), await traffic_of(db, model))
+        return _traffic_info(await registered_model(db, model), await traffic_of(db, model), await followers_of(db, model))
 
 
 @router.get("/models/{model}/shadows")
@@ -229,12 +241,13 @@ async def get_shadows(model: str, database: InDatabase) -> dict[str, list[shadow
         return {"shadows": await shadows.shadow_infos(db, model)}
 
 
-def _traffic_info(model: RegisteredModel, traffic: Traffic | None) -> TrafficInfo:
+def _traffic_info(model: RegisteredModel, traffic: Traffic | None, followers: list[Follower]) -> TrafficInfo:
     return TrafficInfo(
         model=model.model,
         champion=model.champion_version,
         setting=traffic.setting if traffic else 0,
         challengers=lineage.challenger_infos(traffic),
+        followers=[FollowerInfo.model_validate(follower) for follower in followers],
     )
 
 

@@ -101,6 +101,18 @@ class Shadow(Base):
     event: Mapped[Json]
 
 
+class Follower(Base):
+    """What a scorer replica made of the last setting of a model's traffic that it heard of."""
+
+    __tablename__ = "followers"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    replica: Mapped[str] = mapped_column(primary_key=True)
+    setting: Mapped[int]
+    followed_at: Mapped[datetime]
+    left_out: Mapped[list[Json]] = mapped_column(comment="`events.LeftOut`")
+
+
 class Fold(Base):
     """One window of a run's walk-forward validation, as folds.trained told it last: a retried fold replaces its first try."""
 

@@ -14,7 +14,7 @@ from mojomesh_contracts.bundles import BundleSchema
 from mojomesh_contracts.events import Challenger, TrafficSet
 from mojomesh_contracts.traffic import BUCKETS
 from mojomesh_registry.errors import WrongTraffic
-from mojomesh_registry.tables import OUTBOX, Traffic, Version
+from mojomesh_registry.tables import OUTBOX, Follower, Traffic, Version
 
 MAX_CHALLENGERS = 3
 MAX_SHARE = Decimal("0.9")
@@ -35,6 +35,11 @@ def allot(before: Mapping[int, list[int]], wanted: Mapping[int, int]) -> dict[in
 async def traffic_of(db: AsyncSession, model: str) -> Traffic | None:
     """The setting in force."""
     return await db.scalar(select(Traffic).where(Traffic.model == model).order_by(Traffic.setting.desc()).limit(1))
+
+
+async def followers_of(db: AsyncSession, model: str) -> list[Follower]:
+    """The last word of each scorer replica on the model's traffic."""
+    return list(await db.scalars(select(Follower).where(Follower.model == model).order_by(Follower.replica)))
 
 
 async def set_traffic(

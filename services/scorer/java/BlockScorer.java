@@ -16,6 +16,8 @@ import java.util.zip.ZipFile;
  * the block. One object belongs to one thread, and owns its model: some MOJOs keep state between rows.
  */
 public final class BlockScorer {
+  private static final int PAUSE_EVERY = 256; // some 1 ms of work
+
   private final String mojo;
   private final MojoModel model;
   private final int columns;
@@ -99,6 +101,22 @@ public final class BlockScorer {
       for (int i = 0; i < n; i++) {
         trees.predict(i, predictions);
         out.put((from + i) * outputs, predictions, labels, outputs);
+      }
+    }
+  }
+
+  /**
+   * Scores the first rows of the buffer again and again, one at a time and as a block, until the machine has compiled what scores. In
+   * one call and with pauses: a loop in Python would fight over its lock with the requests that are answered meanwhile.
+   */
+  public void warm(int rows, int times) throws InterruptedException {
+    for (int time = 1; time <= times; time++) {
+      score(1);
+      if (time % rows == 0) {
+        score(rows);
+      }
+      if (time % PAUSE_EVERY == 0) {
+        Thread.sleep(1);
       }
     }
   }

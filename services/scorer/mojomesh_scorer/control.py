@@ -82,6 +82,7 @@ class OpenDoors(Frozen):
     """Listen on the ports and consume; a worker begins with its doors closed."""
 
     do: Literal["open_doors"] = "open_doors"
+    slot: int = Field(description="Tells it apart from the other workers; its replacement has the same one")
 
 
 class Count(Frozen):

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ from mojomesh_scorer.tensors import Tensor
 
 NAN = float("nan")
 MAX = sys.float_info.max
+BY_COLUMN_ROWS = 16
+"""From this many rows on, encoding column by column is the cheaper way."""
+_TYPES: dict[str, set[type]] = {"category": {str, NoneType}, "number": {float, int, NoneType}, "boolean": {bool, NoneType}}
 Matrix = NDArray[np.float64]
 
 
@@ -83,11 +88,32 @@ class Encoder:
             RowsRefused: A value is not of its column's type.
         """
         unknown: dict[str, int] = {}
+        if len(rows) >= BY_COLUMN_ROWS and (matrix := self._encode_columns(rows, unknown)) is not None:
+            return Encoded(matrix, unknown)
+        unknown.clear()
         try:
             cells = [self.encode_row(row, unknown) for row in rows]
         except SchemaMismatch:
             raise RowsRefused(_reasons(rows, lambda row: self.encode_row(row, {})), len(rows)) from None
         return Encoded(np.array(cells, dtype=np.float64).reshape(len(rows), len(self.blank)), unknown)
+
+    def _encode_columns(self, rows: Sequence[Mapping[str, FeatureValue]], unknown: dict[str, int]) -> Matrix | None:
+        """The same in a third of the time; None when some value is not of its column's type: row by row it is found which."""
+        matrix: Matrix = np.empty((len(rows), len(self.blank)))
+        for place, column in enumerate(self._columns):
+            cells: list[Any] = [row.get(column.name) for row in rows]
+            if not _TYPES[column.type].issuperset(map(type, cells)):
+                return None
+            if (levels := self.levels[place]) is not None:
+                n_missing = cells.count(None)
+                cells = [levels.get(level) for level in cells]
+                if n_unknown := cells.count(None) - n_missing:
+                    unknown[column.name] = n_unknown
+            try:
+                matrix[:, place] = np.array(cells, dtype=np.float64)  # None becomes NaN
+            except OverflowError:
+                return None
+        return None if np.isinf(matrix).any() else matrix
 
     def encode_tensors(self, tensors: Sequence[Tensor], n_rows: int) -> Encoded:
         """Encode one tensor a column, each of `n_rows` elements; an absent one is missing in every row.

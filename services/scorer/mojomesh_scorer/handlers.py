@@ -19,8 +19,7 @@ async def on_models_promoted(events: Sequence[ModelPromoted], swaps: Swaps) -> l
 
 @router.broadcast(TrafficSet)
 async def on_traffic_set(events: Sequence[TrafficSet], swaps: Swaps) -> list[Event]:
-    """Let the versions of the newest setting of each model score beside its champion."""
+    """Let the versions of the newest setting of each model score beside its champion; say which are left out."""
     newest = {event.model: event for event in sorted(events, key=lambda event: event.setting)}
-    for event in newest.values():
-        await swaps.surround(event)
-    return []
+    followed = [await swaps.surround(event) for event in newest.values()]
+    return [event for event in followed if event is not None]

@@ -34,6 +34,7 @@ class Found(Frozen):
     ages_ms: dict[str, int] = Field(default={})
     error: str | None = Field(default=None, description="The entity has no row")
     refused: str | None = Field(default=None, description="A row is older than the model takes")
+    away: str | None = Field(default=None, description="A row is on a shard that is away")
 
     @classmethod
     def of(cls, spine: str, entity: EntityAt, vector: Vector | None) -> "Found":
@@ -83,10 +84,10 @@ class FeatureLookup:
         Raises:
             NotFound: Features does not know the model.
             PermanentError: It refuses the question.
-            TransientError: It does not answer.
+            TransientError: It does not answer, or rows that are needed are on a shard that is away.
         """
         if len(entities) > FEW_ROWS:
-            return await self._find(model, entities)
+            return _none_away(await self._find(model, entities))
         if (together := self._next.get(model)) is None:
             together = self._next[model] = _Together([], asyncio.create_task(self._ask_next(model)))
         start = len(together.entities)
@@ -96,8 +97,8 @@ class FeatureLookup:
         except PermanentError:
             if len(together.entities) == len(entities):
                 raise
-            return await self._find(model, entities)  # it may be another's fault
-        return found[start : start + len(entities)]
+            return _none_away(await self._find(model, entities))  # it may be another's fault
+        return _none_away(found[start : start + len(entities)])
 
     async def _ask_next(self, model: str) -> list[Found]:
         if (before := self._under_way.get(model)) is not None:
@@ -119,6 +120,8 @@ class FeatureLookup:
             plan = plan_of(self._definitions.model(model), self._definitions)
         except (NotFound, UnusableDefinition):
             return {}  # features says what is wrong, or knows a definition that has not come here yet
+        if plan.has_aggregates:
+            return {}  # they are computed from PostgreSQL's rows
         asked = [(entity.entity_id, microseconds(entity.event_time)) for entity in entities]
         known = await vectors(plan, asked, self._rows_at)
         return {place: Found.of(plan.model.spine, entities[place], vector) for place, vector in known.items()}
@@ -153,3 +156,9 @@ class FeatureLookup:
         if len(found) != len(entities):
             raise TransientError(f"features at {self._url} answered {len(found)} rows for {len(entities)}")
         return found
+
+
+def _none_away(found: list[Found]) -> list[Found]:
+    if away := next((each.away for each in found if each.away), None):
+        raise TransientError(away)
+    return found

@@ -21,7 +21,7 @@ from mojomesh_scorer.errors import LoadFailed, NotServed, SchemaMismatch
 from mojomesh_scorer.golden import check_golden, golden_rows
 from mojomesh_scorer.mojo import Mojo
 
-WARM_ROWS = 12_000  # of each object, by single rows and by blocks; Java's last compiler begins at some 10,000 calls
+WARM_TIMES = 12_000  # Java's last compiler begins at some 10,000 calls
 
 IN_PLACE_ROWS = 64
 """Blocks up to this size are scored on the event loop, some 0.5 ms; larger ones leave it."""
@@ -56,7 +56,7 @@ class LoadedModel:
         log.info("model_loaded", model=name, version=version, scored_by=self.scored_by, not_flat_because=self._mojo.not_flat_because)
         self.golden_rows = len(wanted)
         self.golden_difference = max(check_golden(mojo.score(inputs), wanted, golden.tolerance) for mojo in (self._mojo, self._aside))
-        self._warm(inputs)
+        self._mojo.warm(inputs, WARM_TIMES)  # the first requests must not wait for the compiler; the other object runs the same code
         self.leases = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -96,15 +96,6 @@ class LoadedModel:
             if self._explainer is None:
                 self._explainer = Explainer(self._mojo_path, len(self.schema.columns))
             return self._explainer.explain(block)
-
-    def _warm(self, inputs: Matrix) -> None:
-        """Score until Java has compiled what scores, by single rows and by blocks: the first requests must not wait for that."""
-        row = inputs[0].tolist()
-        for mojo in (self._mojo, self._aside):
-            for _ in range(WARM_ROWS):
-                mojo.score_row(row)
-            for _ in range(0, WARM_ROWS, len(inputs)):
-                mojo.score(inputs)
 
     @contextmanager
     def leased(self) -> Iterator[None]:

@@ -100,6 +100,12 @@ class Mojo:
             raise LoadFailed(f"the trees of the MOJO cannot be read: {error}") from error
         return None if reason is None else str(reason)
 
+    def warm(self, block: NDArray[np.float64], times: int) -> None:
+        """Score encoded rows so many times until Java has compiled what scores. Releases the GIL for all of that time."""
+        rows = block[:BLOCK_ROWS]
+        self._rows[: len(rows)] = rows
+        self._scorer.warm(len(rows), times)
+
     def score(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         """Class probabilities, or one number, shape (n_rows, n_scores), of encoded rows; rows keep their order.
 

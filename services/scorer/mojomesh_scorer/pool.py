@@ -32,7 +32,7 @@ from mojomesh_scorer.control import (
     Surround,
     open_asking,
 )
-from mojomesh_scorer.errors import LoadFailed, WorkerLost
+from mojomesh_scorer.errors import LoadFailed, ProbeFailed, WorkerLost
 from mojomesh_scorer.metrics import FOLDER_VARIABLE, forget_gauges
 from mojomesh_scorer.settings import Settings
 
@@ -40,6 +40,8 @@ ANSWER_S = 60.0  # a worker that takes longer to answer is killed and replaced
 STOP_S = 20.0  # and so is one that takes longer to drain
 SHORT_LIFE_S = 1.0  # one that dies younger, or before it was up, is replaced after a wait, longer each time
 MAX_WAIT_S = 10.0
+SPARE_S = 0.1  # how often the spare process is looked after
+NO_SLOT = -1
 
 AnyReply = TypeVar("AnyReply", bound=Frozen)
 T = TypeVar("T")
@@ -86,8 +88,8 @@ class Ports:
 class Worker:
     """One worker process as the supervisor sees it."""
 
-    def __init__(self, slot: int, process: asyncio.subprocess.Process, asking: Asking) -> None:
-        self.slot = slot
+    def __init__(self, process: asyncio.subprocess.Process, asking: Asking) -> None:
+        self.slot = NO_SLOT
         self.process = process
         self.open = False
         self.serving: dict[str, Served] = {}
@@ -143,7 +145,7 @@ class Worker:
 
     async def open_doors(self) -> None:
         """Let it listen and consume."""
-        await self._ask(OpenDoors(), Done)
+        await self._ask(OpenDoors(slot=self.slot), Done)
         self.open = True
 
     async def count(self) -> Counted:
@@ -176,6 +178,8 @@ class Pool:
         self._settings = settings
         self._ports = ports
         self._metrics = metrics
+        self._spare: Worker | None = None
+        self._one_holder = asyncio.Lock()
         self._doors = asyncio.Event()
         self._some_member = asyncio.Event()
         self._stopping = False
@@ -196,7 +200,8 @@ class Pool:
             # One after the other: while one loads, the others have the cores.
             return [await worker.load(served) for worker in list(self.members)]
         except (LoadFailed, WorkerLost):
-            await self._of_all([worker.discard(served) for worker in self.members])
+            holding = [*self.members, *([self._spare] if self._spare else [])]
+            await self._of_all([worker.discard(served) for worker in holding])
             raise
 
     async def commit(self, served: Served) -> list[Switched]:
@@ -253,10 +258,11 @@ class Pool:
     async def _life_of_a_worker(self, slot: int) -> float:
         """Start a worker and see to its end; returns for how many seconds it was up."""
         try:
-            worker = await self._start(slot)
+            worker = self._take_spare() or await self._start()
         except OSError as error:  # the machine has no process or no memory for it just now
             log.error("worker_not_started", slot=slot, reason=str(error))
             return 0.0
+        worker.slot = slot
         up = time.monotonic()
         try:
             await self._bring_up(worker)
@@ -268,11 +274,71 @@ class Pool:
             up = time.monotonic()
         finally:
             self._remove(worker)
-            await worker.end()
-            forget_gauges(self._metrics, worker.process.pid)
+            await self._end(worker)
         if not self._stopping:
             log.error("worker_lost", slot=slot, pid=worker.process.pid, reason=reason)
         return time.monotonic() - up
+
+    async def keep_spare(self) -> None:
+        """Keep one process more, with all models loaded and its doors closed; the next worker that is lost is replaced by it."""
+        try:
+            while not self._stopping:
+                await asyncio.sleep(SPARE_S)
+                n_ready = sum(worker.open or not self._doors.is_set() for worker in self.members)
+                if n_ready < self._settings.workers:
+                    continue  # those that serve come first
+                if (spare := self._spare) is not None and spare.process.returncode is None and self._serves_all(spare):
+                    continue
+                try:
+                    async with self._holding_spare() as spare:
+                        await self._catch_up(spare)
+                    log.info("spare_up", pid=spare.process.pid)
+                except (LoadFailed, WorkerLost, OSError) as error:
+                    log.error("spare_lost", reason=str(error))
+                    await asyncio.sleep(MAX_WAIT_S)
+        finally:
+            if (spare := self._take_spare()) is not None:
+                await self._end(spare)
+
+    async def prove(self, served: Served) -> None:
+        """Load a version in the spare process, which a bomb, a crash or a hang in it may harm as it likes: it is thrown away then.
+
+        Raises:
+            ProbeFailed: The version cannot be loaded, or the process does not survive it.
+        """
+        try:
+            try:
+                await self._load_in_spare(served)
+            except WorkerLost as error:
+                # It may have died of something else; a bundle that kills workers kills them again.
+                log.warning("worker_lost_in_probe", model=served.model, reason=str(error))
+                await self._load_in_spare(served)
+        except (LoadFailed, WorkerLost) as error:
+            raise ProbeFailed(f"the probe ended: {error}") from None
+
+    async def _load_in_spare(self, served: Served) -> None:
+        async with self._holding_spare() as spare:
+            await spare.load(served)
+
+    @asynccontextmanager
+    async def _holding_spare(self) -> AsyncIterator[Worker]:
+        """The spare process, started if there is none, which nobody else uses or takes meanwhile; its end if anything goes wrong."""
+        async with self._one_holder:
+            spare = self._take_spare()
+            if spare is not None and spare.process.returncode is not None:
+                await self._end(spare)
+                spare = None
+            spare = spare or await self._start()
+            try:
+                yield spare
+            except BaseException:
+                await self._end(spare)
+                raise
+            self._spare = spare
+
+    def _take_spare(self) -> Worker | None:
+        spare, self._spare = self._spare, None
+        return spare
 
     async def stop(self) -> None:
         """Let the workers drain, and go."""
@@ -284,25 +350,35 @@ class Pool:
             async with asyncio.timeout(STOP_S):
                 await asyncio.gather(*(worker.process.wait() for worker in self.members))
 
-    async def _start(self, slot: int) -> Worker:
+    async def _end(self, worker: Worker) -> None:
+        await worker.end()
+        forget_gauges(self._metrics, worker.process.pid)
+
+    async def _start(self) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "mojomesh_scorer.worker"),
-                *(str(number) for number in (slot, theirs.fileno(), *self._ports.numbers, os.getpid())),
+                *(str(number) for number in (theirs.fileno(), *self._ports.numbers, os.getpid())),
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, FOLDER_VARIABLE: str(self._metrics)},
             )
-        return Worker(slot, process, await open_asking(ours))
+        return Worker(process, await open_asking(ours))
 
-    async def _bring_up(self, worker: Worker) -> None:
-        while worker.serving != self.served or worker.beside != self.beside:
+    def _serves_all(self, worker: Worker) -> bool:
+        return worker.serving == self.served and worker.beside == self.beside
+
+    async def _catch_up(self, worker: Worker) -> None:
+        while not self._serves_all(worker):
             for served in list(self.served.values()):
                 if worker.serving.get(served.model) != served:
                     await worker.commit(served)
             for beside in list(self.beside.values()):
                 if worker.beside.get(beside.model) != beside:
                     await worker.surround(beside)
+
+    async def _bring_up(self, worker: Worker) -> None:
+        await self._catch_up(worker)
         # No await since the check: from here on every swap reaches it.
         self.members.append(worker)
         self._some_member.set()
@@ -350,6 +426,7 @@ async def open_pool(settings: Settings, metrics: Path) -> AsyncIterator[Pool]:
         pool = Pool(settings, Ports(http, grpc), metrics)
         async with asyncio.TaskGroup() as keepers:
             tasks = [keepers.create_task(pool.keep(slot)) for slot in range(settings.workers)]
+            tasks.append(keepers.create_task(pool.keep_spare()))
             try:
                 async with asyncio.timeout(ANSWER_S):
                     await pool.up()

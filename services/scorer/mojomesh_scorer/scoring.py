@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from prometheus_client import Counter
@@ -27,14 +28,13 @@ _REFUSED = Counter("mojomesh_scorer_refused_total", "Requests refused because to
 _FAILED = Counter("mojomesh_scorer_failed_total", "Requests that failed, refusals and faults of the client left out")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row to score: by its values, or by an entity whose features are looked up as of `event_time` (by default now)."""
 
     values: Mapping[str, FeatureValue] | None = None
     entity_id: str | None = None
     event_time: datetime | None = None
-    prediction_id: UUID | None = None
+    prediction_id: str | None = None
     request_id: UUID | None = None
 
 
@@ -175,7 +175,7 @@ class Scoring:
         self.tallies.note_block(model, encoded.matrix, encoded.unknown_levels)
         ids = self._ids.take(n_rows)
         if rows is not None:
-            ids = [str(row.prediction_id) if row.prediction_id else new for row, new in zip(rows, ids, strict=True)]
+            ids = [row.prediction_id or new for row, new in zip(rows, ids, strict=True)]
         scored = Scored(model, encoded.matrix.tolist(), scores.tolist(), rows, found, ids, now, places)
         if shadows := self.models.shadows.get(model):
             self._shadowing.add(model, shadows, scored.inputs, scored.scores)

@@ -16,10 +16,9 @@ from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError
 from mojomesh_chassis.faults import fault
 from mojomesh_chassis.objects import Objects
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import Latency, ModelDeployed, ModelPromoted, SwapPhase, TrafficSet
+from mojomesh_contracts.events import Latency, LeftOut, ModelDeployed, ModelPromoted, SwapPhase, TrafficFollowed, TrafficSet
 from mojomesh_scorer.control import Counted, Loaded
 from mojomesh_scorer.errors import WorkerLost
-from mojomesh_scorer.golden import check_golden, golden_rows
 from mojomesh_scorer.latencies import added, p99_ms
 from mojomesh_scorer.pool import Beside, Pool, Served, Switched
 from mojomesh_scorer.probing import score_in_probe
@@ -57,7 +56,7 @@ class Swaps:
         self._pool = pool
         self._bundles = bundles
         self._promoted: dict[str, ModelPromoted] = {}
-        self._traffic: dict[str, TrafficSet] = {}
+        self._followed: dict[str, TrafficFollowed] = {}
         self._certificates: dict[str, ModelDeployed] = {}
         self._proven: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
@@ -79,27 +78,36 @@ class Swaps:
             self._certificates[promoted.model] = certificate
             return certificate
 
-    async def surround(self, traffic: TrafficSet) -> None:
-        """Let the versions named, and no others, score beside their model's champion; nothing for a setting that is stale.
+    async def surround(self, traffic: TrafficSet) -> TrafficFollowed | None:
+        """Let the versions named, and no others, score beside their model's champion. None for a setting that is stale.
 
         One that must not be used is left out: its entities stay with the champion.
         """
         async with self._one_at_a_time:
-            known = self._traffic.get(traffic.model)
+            known = self._followed.get(traffic.model)
             if known is not None and traffic.setting <= known.setting:
                 log.info("traffic_stale", model=traffic.model, setting=traffic.setting, known=known.setting)
-                return
-            versions = []
+                return known if traffic.setting == known.setting else None
+            versions, left_out = [], []
             for one in traffic.challengers:
                 try:
                     served = await self._prepare(_Swap(traffic.model, one.version, one.bundle_digest, previous=None))
                 except (PermanentError, WorkerLost) as error:
                     log.error("challenger_refused", model=traffic.model, version=one.version, reason=str(error))
+                    left_out.append(LeftOut(version=one.version, reason=str(error)))
                 else:
                     versions.append((served, tuple(one.buckets)))
             await self._pool.surround(Beside(traffic.model, tuple(versions)))
-            self._traffic[traffic.model] = traffic
             log.info("traffic_set", model=traffic.model, setting=traffic.setting, versions=[served.version for served, _ in versions])
+            followed = self._followed[traffic.model] = TrafficFollowed(
+                event_id=uuid4(),  # each attempt is a fact of its own
+                model=traffic.model,
+                setting=traffic.setting,
+                replica=self._settings.replica,
+                followed_at=datetime.now(UTC),
+                left_out=left_out,
+            )
+            return followed
 
     async def reload(self, model: str, version: int | None, digest: str | None) -> ModelDeployed:
         """Load and serve by hand, all steps anew: the version named, or the one promoted last.
@@ -167,11 +175,11 @@ class Swaps:
             bundle = await self._fetch(swap.digest)
             if bundle.manifest.model != swap.model:
                 raise BadBundle(f"the bundle is of model '{bundle.manifest.model}', promoted was '{swap.model}'")
+        served = Served(swap.model, swap.version, swap.digest, bundle.folder)
         if swap.digest not in self._proven:  # a rollback to a version that served before needs no second probe
             with swap.phase("probe"):
-                await self._probe(bundle)
+                await self._pool.prove(served)
             self._proven.add(swap.digest)
-        served = Served(swap.model, swap.version, swap.digest, bundle.folder)
         with swap.phase("load"):
             try:
                 swap.loaded = await self._pool.prepare(served)
@@ -183,10 +191,6 @@ class Swaps:
 
     async def _fetch(self, digest: str) -> Bundle:
         return await fetch_bundle(self._objects, digest, self._bundles, self._settings.verifying_key)
-
-    async def _probe(self, bundle: Bundle) -> None:
-        inputs, wanted = golden_rows(bundle.golden, bundle.schema)
-        check_golden(await score_in_probe(bundle.folder, inputs, self._settings.heap_mb), wanted, bundle.golden.tolerance)
 
     def _certificate(
         self, swap: _Swap, *, reason: str | None, switched: list[Switched], drained: bool, failed_requests: int, p99: Latency

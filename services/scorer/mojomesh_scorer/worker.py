@@ -1,6 +1,6 @@
 """A worker process: a whole server with its own event loop and JVM, on ports that it shares with the other workers.
 
-It is started by the supervisor with its slot, its end of the control socket, the two ports and the supervisor's process id.
+It is started by the supervisor with its end of the control socket, the two ports and the supervisor's process id.
 """
 
 import asyncio
@@ -84,11 +84,8 @@ def opened_above_connections() -> Iterator[None]:
 class Worker:
     """What the supervisor's commands do."""
 
-    def __init__(
-        self, settings: Settings, slot: str, ports: tuple[int, int], doors: Doors, publisher: Publisher, definitions: Definitions
-    ) -> None:
+    def __init__(self, settings: Settings, ports: tuple[int, int], doors: Doors, publisher: Publisher, definitions: Definitions) -> None:
         self._settings = settings
-        self._slot = slot
         self._ports = ports
         self._doors = doors
         self._publisher = publisher
@@ -111,13 +108,13 @@ class Worker:
             case Drain():
                 return Drained(in_time=await models.drain(command.model, command.timeout_s))
             case OpenDoors():
-                await self._open_doors()
+                await self._open_doors(str(command.slot))
             case Count():
                 scoring = self._doors.scoring
                 return Counted(failed_requests=scoring.failed_requests, latencies=scoring.tallies.latencies)
         return Done()
 
-    async def _open_doors(self) -> None:
+    async def _open_doors(self, slot: str) -> None:
         health = Health()
         http, grpc = self._ports
         scoring = self._doors.scoring
@@ -127,7 +124,7 @@ class Worker:
                 self._settings,
                 self._publisher,
                 health,
-                slot=self._slot,
+                slot=slot,
                 scoring=scoring,
                 definitions=self._definitions,
                 replica=self._settings.replica,
@@ -194,7 +191,7 @@ async def serving_http(app: FastAPI, route: Route, host: str, port: int) -> Asyn
         await serving
 
 
-async def work(settings: Settings, slot: str, control: socket.socket, ports: tuple[int, int]) -> None:
+async def work(settings: Settings, control: socket.socket, ports: tuple[int, int]) -> None:
     """Do as the supervisor says, until it or a signal ends this."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -209,7 +206,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
         shadowing = await stack.enter_async_context(open_shadowing(publisher, settings.shadows_waiting, settings.shadows_every_s))
         lookup = FeatureLookup(client, settings.features_url, online, definitions)
         scoring = Scoring(Models(), lookup, shadowing, settings.max_in_flight)
-        worker = Worker(settings, slot, ports, Doors(scoring, receipts), publisher, definitions)
+        worker = Worker(settings, ports, Doors(scoring, receipts), publisher, definitions)
         stack.push_async_callback(worker.close_doors)
         obeying = asyncio.create_task(obey(control, worker.do))
         stopping = asyncio.create_task(stop.wait())
@@ -221,7 +218,7 @@ async def work(settings: Settings, slot: str, control: socket.socket, ports: tup
         stopping.cancel()
 
 
-def main(slot: str, control: int, http: int, grpc: int, parent: int) -> None:
+def main(control: int, http: int, grpc: int, parent: int) -> None:
     """Be a worker."""
     die_with(parent)
     sys.setswitchinterval(SWITCH_S)
@@ -229,9 +226,10 @@ def main(slot: str, control: int, http: int, grpc: int, parent: int) -> None:
     start_telemetry("scorer", settings)
     arm_faults(settings.fault)
     start_jvm(settings.heap_mb)
+    gc.freeze()  # what is imported lives for ever: to look through it when the doors open takes 0.1 s
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work(settings, slot, socket.socket(fileno=control), (http, grpc)))
+        runner.run(work(settings, socket.socket(fileno=control), (http, grpc)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(argument) for argument in sys.argv[2:]))
+    main(*(int(argument) for argument in sys.argv[1:]))

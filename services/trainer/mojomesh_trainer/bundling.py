@@ -104,6 +104,7 @@ async def make_bundle(
             snapshot_time=taken.snapshot_time,
             snapshot_digest=taken.digest,
             snapshot_path=taken.path,
+            erasures=taken.erasures,
             n_rows=taken.n_rows,
             train_from=final.train_from,
             train_to=final.train_to,

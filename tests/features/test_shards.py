@@ -1,0 +1,109 @@
+"""A shard that is away takes its own entities with it and no others, and says so."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from mojomesh_chassis.database import open_database
+from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.objects import Objects
+from mojomesh_contracts.definitions import Model
+from mojomesh_features.sealing import Sealer
+from mojomesh_features.snapshots import Snapshots, label_of
+from mojomesh_store import rows
+from mojomesh_store.rebalancing import claim, rebalance
+from mojomesh_store.shards import FeatureStore, ShardRouter, open_feature_store
+from mojomesh_store.vectors import plan_of
+from tests.features.definition import HOUR
+from tests.features.making import NOON, Append, make_event
+
+FLIGHTS = [f"UA{number}" for number in range(20)]
+
+
+@pytest.fixture
+def databases(new_postgres: Callable[[], Any]) -> list[Any]:
+    return [new_postgres() for _ in range(3)]
+
+
+@pytest.fixture
+async def feature_store(databases: list[Any]) -> AsyncIterator[FeatureStore]:
+    async with open_feature_store([database.url for database in databases]) as store:
+        yield store
+
+
+async def look_up(http: httpx.AsyncClient, model: Model, entity_ids: list[str]) -> list[dict[str, Any]]:
+    rows = [{"entity_id": entity_id, "event_time": NOON.isoformat()} for entity_id in entity_ids]
+    reply = await http.post("/v1/features:lookup", json={"model": model.name, "rows": rows})
+    assert reply.status_code == 200
+    found: list[dict[str, Any]] = reply.json()["rows"]
+    return found
+
+
+async def test_reads_of_other_entities_go_on_and_its_own_are_refused_with_a_reason(
+    http: httpx.AsyncClient, feature_store: FeatureStore, databases: list[Any], append: Append, model: Model
+) -> None:
+    for entity_id in FLIGHTS:
+        await append("flights", entity_id, NOON, carrier="UA")
+    async with open_database(databases[1].owner_url) as owner, owner.begin() as db:
+        await db.execute(text("ALTER SCHEMA store RENAME TO away"))
+    gone = [entity_id for entity_id in FLIGHTS if feature_store.shard_of(entity_id).number == 1]
+    there = [entity_id for entity_id in FLIGHTS if entity_id not in gone]
+
+    answers = dict(zip(FLIGHTS, await look_up(http, model, FLIGHTS), strict=True))
+
+    assert gone and there
+    assert all("shard 1 of 3" in answers[entity_id]["away"] for entity_id in gone)
+    assert all(answers[entity_id]["values"]["carrier"] == "UA" for entity_id in there)
+    found = await http.post("/v1/features/flights:batch", json={"rows": [{"entity_id": entity_id} for entity_id in there]})
+    assert [row["entity_id"] for row in found.json()["rows"]] == there
+    refused = await http.get(f"/v1/features/flights/{gone[0]}")
+    assert refused.status_code == 503
+    assert "shard 1 of 3" in refused.text
+    snapshot = await http.post("/v1/snapshots", json={"model": model.model_dump(mode="json"), "snapshot_time": NOON.isoformat()})
+    assert snapshot.status_code == 503
+    assert "shard 1 of 3" in snapshot.text
+
+
+@pytest.mark.parametrize(("copies_count", "factor"), [(False, 1), (True, 2)])
+async def test_rows_that_moved_are_in_snapshots_as_before_and_in_segments_once(
+    copies_count: bool,
+    factor: int,
+    databases: list[Any],
+    definitions: Definitions,
+    model: Model,
+    objects: Objects,
+    tmp_path: Path,
+) -> None:
+    """The control: copies that count are sealed where they were stored and where they went."""
+    urls = [database.url for database in databases[:2]]
+    moving = [entity_id for entity_id in FLIGHTS if ShardRouter(2).place(entity_id) == 1]
+    async with AsyncExitStack() as stack:
+        owners = await stack.enter_async_context(open_feature_store([database.owner_url for database in databases[:2]]))
+        await claim(FeatureStore(owners.shards[:1]))
+        await claim(owners)
+        store = await stack.enter_async_context(open_feature_store(urls))
+        async with store.shards[0].begin() as db:
+            for entity_id in moving:
+                await rows.append(db, [make_event("flights", entity_id, NOON, {"distance": 1})])
+                await rows.append(db, [make_event("arrivals", entity_id, NOON + HOUR, {"late": True})])
+        at = await store.pass_snapshot()
+        snapshots = Snapshots(store, urls, objects, tmp_path / "work", "256MB")
+        plan, label = plan_of(model, definitions), label_of(model.label, definitions)
+        before = await snapshots.take(plan, label, at)
+
+        moved = await rebalance(owners)
+        assert moved.copied == 2 * len(moving)
+        assert (await snapshots.take(plan, label, at)).digest == before.digest
+        if copies_count:
+            async with owners.shards[1].begin() as db:
+                await db.execute(text("UPDATE store.shard SET counts_after = '-infinity'"))
+        sealed = await Sealer(store, urls, objects, tmp_path / "work", "256MB").seal(definitions)
+
+        assert sum(segment.n_rows for segment in sealed) == factor * 2 * len(moving)
+        assert before.n_rows == len(moving)
+        assert copies_count or (await snapshots.take(plan, label, at)).digest == before.digest

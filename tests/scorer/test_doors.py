@@ -281,18 +281,6 @@ def test_the_end_of_a_head_is_not_taken_for_a_head(scorer: Scorer, models: dict[
             assert read_answer(connection)[0] == 400
 
 
-def test_who_does_not_read_answers_is_not_read_from(scorer: Scorer, models: dict[str, Trained]) -> None:
-    body = body_of(models)
-    requests = (head_of(body) + body) * 100
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", scorer.http_port))
-        connection.settimeout(3)
-        with pytest.raises(TimeoutError):  # when the buffers of the kernel are full, tens of megabytes later
-            for _ in range(2**28 // len(requests)):
-                connection.sendall(requests)
-
-
 @pytest.mark.parametrize(
     "asked",
     [

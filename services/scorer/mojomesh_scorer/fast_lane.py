@@ -114,14 +114,6 @@ class FastLane(HttpToolsProtocol):
             self._take_long_way()  # which finishes what has begun
         super().shutdown()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.flow.pause_reading()  # who does not read answers is not read from either
-
-    def resume_writing(self) -> None:
-        self.flow.resume_reading()
-        super().resume_writing()
-
     def timeout_keep_alive_handler(self) -> None:
         if self._used:  # a timer is not set anew for each request, which would cost as much as to read it
             self._used = False

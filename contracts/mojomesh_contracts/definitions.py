@@ -2,14 +2,16 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mojomesh_contracts.events import FeatureValue
+from mojomesh_contracts.formulas import Formula, Kind
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -42,7 +44,7 @@ class Definition(BaseModel):
 class Feature(Definition):
     """One named, typed value of a feature set."""
 
-    type: Literal["number", "category", "boolean"]
+    type: Kind
     unit: str | None = None
     min: float | None = None
     max: float | None = None
@@ -79,6 +81,45 @@ class Feature(Definition):
         if self.max is not None and value > self.max:
             return f"is {value!r}, more than the maximum {self.max:g}"
         return None
+
+
+def _same_names(names: object) -> object:
+    return {name: name for name in names} if isinstance(names, list) else names
+
+
+class Aggregate(Definition):
+    """What the events of a feature set come to over the time before the asked one, as in the mean delay of a carrier in the last 2 h.
+
+    Of an event's corrections the last counts, wherever it puts the event. The window is `[asked - window, asked)`: what happens at the
+    asked time itself is left out, so no outcome is ever counted in the features that are to predict it. Missing values are left out.
+    Without events count, distinct and sum are 0 and the others missing; all are missing where the row lacks a part of the key. True
+    counts as 1 and false as 0 in sum and mean.
+    """
+
+    function: Literal["count", "sum", "mean", "min", "max", "last", "distinct"]
+    of: str = Field(
+        pattern=r"^[a-z][a-z0-9_-]{0,62}(\.[A-Za-z_][A-Za-z0-9_]{0,62})?$",
+        description="`set.feature`; for a count of events, the set alone",
+    )
+    by: Annotated[dict[ColumnName, ColumnName], BeforeValidator(_same_names)] = Field(
+        min_length=1,
+        description="Which events: name there to name here, of categories or of a set's entity; a list if the names are the same",
+    )
+    window: Duration = Field(ge=timedelta(minutes=1), le=timedelta(days=90))
+
+    @model_validator(mode="after")
+    def _check_feature(self) -> "Aggregate":
+        if self.feature is None and self.function != "count":
+            raise ValueError(f"the {self.function} of which feature of '{self.of}'? Name it as in `{self.of}.feature`")
+        return self
+
+    @property
+    def feature_set(self) -> str:
+        return self.of.partition(".")[0]
+
+    @property
+    def feature(self) -> str | None:
+        return self.of.partition(".")[2] or None
 
 
 class VectorFeature(Definition):
@@ -159,13 +200,20 @@ class Quality(Definition):
 
 
 class FeatureSet(Definition):
-    """A named, typed schema of facts about one type of entity; changes only add features."""
+    """A named, typed schema of facts about one type of entity; changes only add features.
+
+    Aggregates and computed features are no part of an event: they are derived when a row is read, as of the asked time.
+    """
 
     kind: Literal["FeatureSet"] = "FeatureSet"
     name: Name
     entity: ColumnName = Field(description="What entity_id identifies, as in `flight_id`")
     features: dict[ColumnName, Feature] = {}
     vectors: dict[ColumnName, VectorFeature] = Field(default={}, description="Those of type `vector(n)`; they may stand among `features`")
+    aggregates: dict[ColumnName, Aggregate] = Field(default={}, description="Of the events of other sets, or of this one")
+    computed: dict[ColumnName, str] = Field(
+        default={}, description="Formulas over features and aggregates, and `event_time`, the asked one"
+    )
     quality: Quality | None = None
 
     @model_validator(mode="before")
@@ -186,9 +234,27 @@ class FeatureSet(Definition):
     def _check_names(self) -> "FeatureSet":
         if not self.features and not self.vectors:
             raise ValueError("a feature set has at least one feature")
-        if twice := sorted(self.features.keys() & self.vectors.keys()):
-            raise ValueError(f"{', '.join(twice)}: either a vector or not")
         return self
+
+    @model_validator(mode="after")
+    def _check_derived(self) -> "FeatureSet":
+        names = [*self.names, *self.vectors]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)}: a name for one feature only, a vector, stored, aggregated or computed")
+        _ = self.formulas  # raises what is wrong with them
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of all features that a model may have, stored and derived."""
+        return [*self.features, *self.aggregates, *self.computed]
+
+    @cached_property
+    def formulas(self) -> dict[str, Formula]:
+        """The computed features, ready to be evaluated. They may use any aggregate but a `last`, whose type another set decides."""
+        kinds: dict[str, Kind] = {name: feature.type for name, feature in self.features.items()}
+        kinds |= {name: "number" for name, aggregate in self.aggregates.items() if aggregate.function != "last"}
+        return {name: Formula(text, kinds) for name, text in self.computed.items()}
 
     @model_validator(mode="after")
     def _check_quality(self) -> "FeatureSet":
@@ -323,6 +389,20 @@ def column_name(model: Model, feature_set: str, feature: str) -> str:
     return feature if feature_set == model.spine else f"{feature_set}.{feature}"
 
 
+def kind_of(feature_set: FeatureSet, name: str, feature_sets: Mapping[str, FeatureSet]) -> Kind | None:
+    """The type of a feature, stored or derived; None if there is none of that name, or the set it is derived from has it not."""
+    if name in feature_set.features:
+        return feature_set.features[name].type
+    if name in feature_set.formulas:
+        return feature_set.formulas[name].kind
+    aggregate = feature_set.aggregates.get(name)
+    if aggregate is None or aggregate.function != "last":
+        return "number" if aggregate else None
+    source = feature_sets.get(aggregate.feature_set)
+    feature = source.features.get(aggregate.feature or "") if source else None
+    return feature.type if feature else None
+
+
 def definition_id(definition: FeatureSet | Model) -> str:
     """Kind and name, as in `FeatureSet/flights`."""
     return f"{definition.kind}/{definition.name}"
@@ -356,24 +436,53 @@ def parse_definitions(text: str) -> Iterator[FeatureSet | Model]:
 
 
 def problems_among(definitions: dict[str, FeatureSet | Model]) -> list[str]:
-    """What is wrong between definitions (by `definition_id`), in words: sets and columns that a model names but nobody defined."""
-    found = []
-    for model in definitions.values():
-        if not isinstance(model, Model):
+    """What is wrong between definitions (by `definition_id`), in words: sets and columns that one names but nobody defined."""
+    feature_sets = {definition.name: definition for definition in definitions.values() if isinstance(definition, FeatureSet)}
+    models = [definition for definition in definitions.values() if isinstance(definition, Model)]
+    of_sets = (problem for feature_set in feature_sets.values() for problem in problems_of_aggregates(feature_set, feature_sets))
+    return [*of_sets, *(problem for model in models for problem in _problems_of_model(model, feature_sets))]
+
+
+def problems_of_aggregates(feature_set: FeatureSet, feature_sets: Mapping[str, FeatureSet]) -> Iterator[str]:
+    """What the aggregates of a set name that is not there or is of the wrong type, in words."""
+    for name, aggregate in feature_set.aggregates.items():
+        about = f"aggregate '{name}' of '{feature_set.name}'"
+        source = feature_sets.get(aggregate.feature_set)
+        if source is None:
+            yield f"{about} names the feature set '{aggregate.feature_set}', which is not defined"
             continue
-        named = {model.spine, model.label.feature_set} | {source.feature_set for source in model.features}
-        sets = {name: definitions.get(f"FeatureSet/{name}") for name in named}
-        found += [
-            f"model '{model.name}' names the feature set '{name}', which is not defined" for name in sorted(named) if sets[name] is None
-        ]
-        wanted = [(model.label.feature_set, model.label.column)]
-        wanted += [(model.spine, source.join) for source in model.features if source.join]
-        wanted += [(source.feature_set, column) for source in model.features for column in source.columns or []]
-        for name, column in wanted:
-            feature_set = sets.get(name)
-            if isinstance(feature_set, FeatureSet) and column not in feature_set.features:
-                found.append(f"model '{model.name}' names '{column}', which is not a feature of '{name}'")
-    return found
+        feature = source.features.get(aggregate.feature) if aggregate.feature else None
+        if aggregate.feature and feature is None:
+            yield f"{about} names '{aggregate.feature}', which is not a stored feature of '{source.name}'"
+        wanted = {"sum": ("number", "boolean"), "mean": ("number", "boolean"), "min": ("number",), "max": ("number",)}
+        if feature and feature.type not in wanted.get(aggregate.function, (feature.type,)):
+            yield f"{about} is a {aggregate.function}, and '{aggregate.of}' is a {feature.type}"
+        for of_set, names in ((source, aggregate.by.keys()), (feature_set, aggregate.by.values())):
+            yield from _problems_of_key(about, of_set, names)
+
+
+def _problems_of_key(about: str, feature_set: FeatureSet, names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        feature = feature_set.features.get(name)
+        if feature is None and name != feature_set.entity:
+            yield f"{about} is by '{name}', which is neither a stored feature of '{feature_set.name}' nor its entity"
+        elif feature is not None and feature.type != "category":
+            yield f"{about} is by '{name}' of '{feature_set.name}', a {feature.type}; keys are categories"
+
+
+def _problems_of_model(model: Model, feature_sets: Mapping[str, FeatureSet]) -> Iterator[str]:
+    for name in sorted({model.spine, model.label.feature_set} | {source.feature_set for source in model.features}):
+        if name not in feature_sets:
+            yield f"model '{model.name}' names the feature set '{name}', which is not defined"
+    wanted = [(model.label.feature_set, [model.label.column], False)]
+    wanted += [(model.spine, [source.join], False) for source in model.features if source.join]
+    wanted += [(source.feature_set, source.columns or [], True) for source in model.features]
+    for name, columns, may_be_derived in wanted:
+        if (feature_set := feature_sets.get(name)) is not None:
+            there = feature_set.names if may_be_derived else feature_set.features
+            yield from (
+                f"model '{model.name}' names '{column}', which is not a feature of '{name}'" for column in columns if column not in there
+            )
 
 
 def incompatible_changes(old: FeatureSet, new: FeatureSet) -> list[str]:
@@ -388,6 +497,12 @@ def incompatible_changes(old: FeatureSet, new: FeatureSet) -> list[str]:
         for name, old_one in old.vectors.items()
         if new.vectors.get(name) != old_one
     ]
+    for derived, now in ((old.aggregates, new.aggregates), (old.computed, new.computed)):
+        found += [
+            f"derived feature '{name}' is gone or changes; models were trained on what it was, so add a new one instead"
+            for name, what in derived.items()
+            if now.get(name) != what
+        ]
     if old.entity != new.entity:
         found.append(f"entity changes from {old.entity} to {new.entity}")
     return found

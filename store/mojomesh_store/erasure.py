@@ -48,7 +48,13 @@ async def forget_rows(db: AsyncSession, feature_set: str, entity_id: str) -> int
         """),
         {"set": feature_set, "entity_id": entity_id},
     )
-    return len(gone.all())
+    n_rows = len(gone.all())
+    moved = """
+        DELETE FROM store.moved WHERE entity_id = :entity_id
+            AND NOT EXISTS (SELECT FROM store.feature_rows AS row WHERE row.entity_id = moved.entity_id)
+    """
+    await db.execute(text(moved), {"entity_id": entity_id})
+    return n_rows
 
 
 async def forget_events(db: AsyncSession, keys: Sequence[RowId]) -> None:

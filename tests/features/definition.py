@@ -1,10 +1,10 @@
 """What the model `delay` says a snapshot is, a row at a time, in plain Python."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from mojomesh_contracts.definitions import Model
+from mojomesh_contracts.definitions import Aggregate, Model
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_store.online import microseconds
 from mojomesh_store.tables import FeatureRow
@@ -13,8 +13,10 @@ TrainingRow = dict[str, FeatureValue]
 HOUR = timedelta(hours=1)
 
 
-def expected_rows(model: Model, rows: Sequence[FeatureRow], snapshot_time: datetime) -> list[TrainingRow]:
-    """The training rows by the rows that were stored, whenever they were."""
+def expected_rows(
+    model: Model, rows: Sequence[FeatureRow], snapshot_time: datetime, aggregates: Mapping[str, Aggregate] | None = None
+) -> list[TrainingRow]:
+    """The training rows by the rows that were stored, whenever they were; `aggregates` are those of the spine."""
     known = _not_replaced_at_once(row for row in rows if row.created_at <= snapshot_time)
     by_row = model.known_at == "row"
     keys = {(row.entity_id, row.event_time) for row in known if row.feature_set == "flights"}
@@ -42,7 +44,36 @@ def expected_rows(model: Model, rows: Sequence[FeatureRow], snapshot_time: datet
                 "crews.size": crew.values.get("size") if crew else None,
             }
         )
+        for name, aggregate in (aggregates or {}).items():
+            reported = [row for row in known if not by_row or row.reported_at <= at]
+            expected[-1][name] = as_learned(expected_aggregate(aggregate, spine, at, reported))
     return expected
+
+
+def expected_aggregate(aggregate: Aggregate, row: FeatureRow, at: datetime, known: Iterable[FeatureRow]) -> FeatureValue:
+    """What an aggregate says of `row` as of `at`, by the rows that are known."""
+    versions: dict[Any, list[FeatureRow]] = {}
+    for fact in known:
+        if fact.feature_set == aggregate.feature_set:
+            versions.setdefault((fact.event_time, fact.entity_id), []).append(fact)
+    facts = [max(versions[key], key=_order) for key in sorted(versions)]
+    facts = [fact for fact in facts if at - aggregate.window <= fact.event_time < at]
+    if None in (key := [_part(row, name) for name in aggregate.by.values()]):
+        return None
+    facts = [fact for fact in facts if [_part(fact, name) for name in aggregate.by] == key]
+    if aggregate.feature is None:
+        return len(facts)
+    values: list[Any] = [value for fact in facts if (value := fact.values.get(aggregate.feature)) is not None]
+    of_any: dict[str, Any] = {"count": len, "distinct": lambda values: len(set(values)), "sum": sum}
+    of_some: dict[str, Any] = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max, "last": lambda values: values[-1]}
+    answer: FeatureValue = None
+    if aggregate.function in of_any or values:
+        answer = (of_any | of_some)[aggregate.function](values)
+    return answer
+
+
+def _part(row: FeatureRow, name: str) -> FeatureValue:
+    return row.entity_id if name in ("flight_id", "airport") else row.values.get(name)
 
 
 def _not_replaced_at_once(rows: Iterable[FeatureRow]) -> list[FeatureRow]:

@@ -24,7 +24,7 @@ from sqlalchemy import text
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import open_objects
 from mojomesh_contracts.bundles import SnapshotTaken
-from mojomesh_contracts.definitions import Model, parse_definitions
+from mojomesh_contracts.definitions import FeatureSet, Model, parse_definitions
 from mojomesh_contracts.events import EventReceived
 from mojomesh_features.known import KnownRows
 from mojomesh_features.sealing import Sealer
@@ -40,6 +40,14 @@ from tests.features.definition import HOUR, TrainingRow, expected_rows
 from tests.features.making import DEFINITIONS, NOON, make_event
 
 EXAMPLES, LONG = 25, 5_000
+
+AGGREGATES = {
+    "reports": {"function": "count", "of": "weather", "by": {"airport": "origin"}, "window": "3h"},
+    "coldest": {"function": "min", "of": "weather.temp", "by": {"airport": "origin"}, "window": "6h"},
+    "carriers": {"function": "distinct", "of": "flights.carrier", "by": ["origin"], "window": "6h"},
+    "was_late": {"function": "last", "of": "arrivals.late", "by": ["flight_id"], "window": "5h"},
+    "lateness": {"function": "mean", "of": "arrivals.late", "by": ["flight_id"], "window": "8h"},
+}
 
 # Little room, so that histories are full of corrections, of ties and of labels.
 flights, airports = st.sampled_from(["A", "Ä\n"]), st.sampled_from(["EWR", "JFK"])
@@ -96,7 +104,16 @@ class World:
         self.definitions = Definitions(*parse_definitions(DEFINITIONS))
         delay = self.definitions.model("delay")
         label = delay.label.model_copy(update={"within": 4 * HOUR})
-        self.models = [delay, delay.model_copy(update={"known_at": "row", "label": label})]
+        flights = self.definitions.feature_set("flights")
+        self.flights = FeatureSet.model_validate(flights.model_dump() | {"aggregates": AGGREGATES})
+        self.definitions.put(self.flights, 2)
+        derived = delay.model_dump(mode="json") | {"name": "derived"}
+        derived["features"][0]["columns"] += AGGREGATES
+        aggregating = Model.model_validate(derived)
+        self.models = [
+            model.model_copy(update={"known_at": at, "label": label}) for model in (delay, aggregating) for at in ("snapshot", "row")
+        ]
+        self.models[0] = delay
         self.n_shards = self.histories = self.taken = self.retired = self.moved = 0
 
     async def begin_anew(self) -> None:
@@ -217,7 +234,7 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
 
         def _compare(self, model: Model, at: datetime) -> None:
             taken, rows = world.run(world.take(model, at))
-            assert rows == expected_rows(model, self.rows, at)
+            assert rows == expected_rows(model, self.rows, at, world.flights.aggregates if model.name == "derived" else None)
             self.kept.append((model, at, taken.digest))
 
         async def _written(self, batch: list[EventReceived]) -> list[FeatureRow]:

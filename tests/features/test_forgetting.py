@@ -42,7 +42,7 @@ from tests.features.making import NOON, AppendAll, make_block, make_event, make_
 
 WHO = "somebody-known"
 HOUR = timedelta(hours=1)
-TABLES = ("store.feature_rows", "features.predictions", "features.counted", "ingest.quarantine", "ingest.outbox")
+TABLES = ("store.feature_rows", "store.moved", "features.predictions", "features.counted", "ingest.quarantine", "ingest.outbox")
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ async def places(postgres: Any, online: OnlineStore, objects: Objects) -> AsyncI
 @pytest.fixture
 async def owner(postgres: Any) -> AsyncIterator[Database]:
     async with open_database(postgres.owner_url) as database:
+        async with database.begin() as db:  # as while its rows are moved to another shard
+            await db.execute(text("INSERT INTO store.moved VALUES (:who, 2)"), {"who": WHO})
         yield database
 
 

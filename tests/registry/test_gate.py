@@ -1,11 +1,11 @@
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from mojomesh_contracts.bundles import BundleSchema, Cause, ChampionComparison, Column, Manifest
-from mojomesh_contracts.definitions import Feature, FeatureSet, Gate, Model
+from mojomesh_contracts.definitions import Aggregate, Feature, FeatureSet, Gate, Model
 from mojomesh_contracts.events import Metrics
 from mojomesh_registry.gate import Champion, refusals, schema_problems
 
@@ -164,7 +164,13 @@ def test_every_reason_is_named_at_once() -> None:
     assert len(refusals(GATE, bad, CHAMPION)) == 3
 
 
-FLIGHTS = FeatureSet(name="flights", entity="flight_id", features={"carrier": Feature(type="category"), "distance": Feature(type="number")})
+FLIGHTS = FeatureSet(
+    name="flights",
+    entity="flight_id",
+    features={"carrier": Feature(type="category"), "distance": Feature(type="number")},
+    aggregates={"before": Aggregate(function="last", of="flights.carrier", by={"carrier": "carrier"}, window=timedelta(hours=2))},
+    computed={"far": "distance > 1000"},
+)
 
 
 def schema(*columns: tuple[str, str, Any]) -> BundleSchema:
@@ -173,7 +179,10 @@ def schema(*columns: tuple[str, str, Any]) -> BundleSchema:
 
 
 def test_a_schema_that_the_feature_sets_still_give_has_no_problems() -> None:
-    assert schema_problems(schema(("flights", "carrier", "category"), ("flights", "distance", "number")), {"flights": FLIGHTS}) == []
+    stored = ("flights", "carrier", "category"), ("flights", "distance", "number")
+    derived = ("flights", "before", "category"), ("flights", "far", "boolean")
+
+    assert schema_problems(schema(*stored, *derived), {"flights": FLIGHTS}) == []
 
 
 @pytest.mark.parametrize(
@@ -181,6 +190,7 @@ def test_a_schema_that_the_feature_sets_still_give_has_no_problems() -> None:
     [
         (("weather", "temp", "number"), "needs the feature set 'weather', which is not defined"),
         (("flights", "origin", "category"), "'origin', which is not a feature of 'flights'"),
+        (("flights", "far", "number"), "was trained as a number, 'flights' now has a boolean"),
         (("flights", "distance", "category"), "was trained as a category, 'flights' now has a number"),
     ],
 )

@@ -233,3 +233,28 @@ async def test_a_row_older_than_it_may_be_is_used_as_the_model_says(online: Onli
     else:
         assert found.values == {"carrier": "UA", "weather.temp": 12.5 if stale == "serve" else None}
         assert found.ages_ms.get("weather") == (4 * 3600 * 1000 if stale == "serve" else None)
+
+
+HOURLY = """
+    {carrier: {type: category}, origin: {type: category}}
+computed: {hour: hour(event_time), early: hour(event_time) < 6}
+"""
+BUSY = "\naggregates: {reports: {function: count, of: weather, by: {airport: origin}, window: 3h}}\n"
+
+
+async def test_computed_columns_are_computed_here_and_aggregates_by_the_service(online: OnlineStore) -> None:
+    features = Features()
+    features.let.set()
+    await keep(online, ("flights", "F1"), AT, '{"carrier":"UA","origin":null}')
+    computing = DEFINITIONS.replace("STALE", "missing").replace(" {carrier: {type: category}, origin: {type: category}}\n", HOURLY)
+    computing = computing.replace("columns: [carrier]", "columns: [carrier, hour, early]")
+    aggregating = computing.replace("computed:", f"{BUSY}computed:").replace("hour, early", "reports")
+
+    (computed,) = await features.lookup(online, Definitions(*parse_definitions(computing))).vectors(
+        "flight-delay", [EntityAt("F1", AT + timedelta(hours=5, minutes=59))]
+    )
+    assert computed.values == {"carrier": "UA", "hour": 5.0, "early": True, "weather.temp": None}
+    assert features.calls == []
+
+    await ask(features.lookup(online, Definitions(*parse_definitions(aggregating))), "F1")
+    assert features.calls == [["F1"]]

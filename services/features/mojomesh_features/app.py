@@ -22,6 +22,7 @@ from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Retired, retiring
 from mojomesh_features.sealing import Due, Sealer, sealing
 from mojomesh_features.settings import FeaturesSettings
+from mojomesh_features.skew import SkewMonitor, watching_skew
 from mojomesh_features.snapshots import Snapshots
 from mojomesh_store.online import OnlineStore
 from mojomesh_store.shards import open_feature_store
@@ -45,6 +46,7 @@ def build(settings: FeaturesSettings) -> FastAPI:
             health.add("objects", objects.ping)
             definitions = Definitions()
             snapshots = Snapshots(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
+            champions, bundles = Champions(), ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key)
             await stack.enter_async_context(
                 consuming(
                     handlers.router,
@@ -54,14 +56,16 @@ def build(settings: FeaturesSettings) -> FastAPI:
                     online=online,
                     database=database,
                     definitions=definitions,
-                    champions=Champions(),
-                    bundles=ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key),
+                    champions=champions,
+                    bundles=bundles,
                 )
             )
             sealer = Sealer(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
             due = Due(settings.seal_rows, settings.seal_age)
             await stack.enter_async_context(sealing(sealer, definitions, due, health))
             await stack.enter_async_context(retiring(feature_store, definitions, retired := Retired(), settings.keep, health))
+            monitor = SkewMonitor(snapshots, database, champions, bundles, definitions)
+            await stack.enter_async_context(watching_skew(monitor, settings.compare_every, health))
             relay = await stack.enter_async_context(relaying(database, OUTBOX, publisher, health))
             await stack.enter_async_context(judging(Judge(feature_store, definitions, relay), health))
             yield {

@@ -38,6 +38,11 @@ class Champions(CatchesUp):
         models = sorted({block.model for block in blocks})
         return {model: self._promotions[model] for model in models if model in self._promotions}
 
+    @property
+    def all(self) -> list[ModelPromoted]:
+        """The champions of all models."""
+        return list(self._promotions.values())
+
     def made(self, block: PredictionsMade) -> bool:
         """Whether the champion made these predictions, as far as is known here."""
         champion = self._promotions.get(block.model)

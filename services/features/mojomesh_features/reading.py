@@ -11,13 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from mojomesh_chassis.errors import TransientError
 from mojomesh_features.coalescing import Coalescer
 from mojomesh_features.retiring import Retired
+from mojomesh_features.windows import PATIENCE_S, WindowReader
 from mojomesh_store import rows
 from mojomesh_store.errors import Moved
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.vectors import AsOf, Plan, Vector, vectors
-
-PATIENCE_S = 1.0  # with one of several shards
 
 _NOW_KNOWN = datetime.max.replace(tzinfo=UTC)
 
@@ -34,6 +33,7 @@ class FeatureReader:
         self._feature_store = feature_store
         self._online = online
         self._retired = retired
+        self.aggregates = WindowReader(feature_store, retired)
         self._windows: Coalescer[Entity, Window | TransientError] = Coalescer(self.windows)
         self._older: Coalescer[AsOf, Found] = Coalescer(self._stored_now)
 
@@ -87,7 +87,7 @@ class FeatureReader:
             away.extend(row for row in found.values() if isinstance(row, TransientError))
             return {as_of: row for as_of, row in found.items() if not isinstance(row, TransientError)}
 
-        found = await vectors(plan, asked, rows_at)
+        found = await vectors(plan, asked, rows_at, lambda windows: self.aggregates.at(windows, away))
         return [found[place] if place in found else away[0] for place in range(len(asked))]
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window | TransientError]:

@@ -181,9 +181,9 @@ async def take_snapshot(query: SnapshotQuery, definitions: SomeDefinitions, snap
 
 
 @router.post("/v1/snapshots:erasures")
-async def snapshot_erasures(query: SnapshotQuery, snapshots: SomeSnapshots) -> dict[str, list[datetime]]:
+async def snapshot_erasures(query: SnapshotQuery, definitions: SomeDefinitions, snapshots: SomeSnapshots) -> dict[str, list[datetime]]:
     """When facts were erased that a snapshot had or would have had: taken before, it was another."""
-    return {"erasures": await snapshots.erasures(query.model, query.snapshot_time)}
+    return {"erasures": await snapshots.erasures(plan_of(query.model, definitions), query.snapshot_time)}
 
 
 @router.post("/v1/segments:seal", dependencies=[Protected])

@@ -7,8 +7,9 @@ import asyncio
 import hashlib
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from numpy.typing import NDArray
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
-from mojomesh_contracts.definitions import Feature, Label, Model
-from mojomesh_features.joining import training_rows
+from mojomesh_contracts.definitions import Feature, Label
+from mojomesh_contracts.events import FeatureValue
+from mojomesh_features.deriving import with_derived
+from mojomesh_features.joining import asked_rows, training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
 from mojomesh_store.errors import UnusableDefinition
+from mojomesh_store.online import microseconds
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.vectors import Plan
 
@@ -55,32 +59,56 @@ class Snapshots:
             PermanentError: `snapshot_time` is later than now, or the labels are not what their type says.
         """
         _check_names(plan)
-        await self._feature_store.pass_snapshot(snapshot_time)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        async with self._one_at_a_time:
-            with tempfile.TemporaryDirectory(dir=self._folder, prefix="snapshot-") as folder:
-                file = Path(folder) / "snapshot.parquet"
-                with duckdb.connect(config=duckdb_config(self._memory_limit, Path(folder))) as db:
-                    known = {name: self.rows(name, features, snapshot_time) for name, features in _needed(plan, label).items()}
-                    await asyncio.to_thread(read_known, known.values(), self._shard_urls, db)
-                    for rows in known.values():
-                        files = {segment.path: await self._objects.fetch(segment.path, Path(folder)) for segment in rows.segments}
-                        await asyncio.to_thread(rows.create_view, db, files)
-                    digest, n_rows = await asyncio.to_thread(_write, db, training_rows(plan, known), plan.model.label, file)
-                path = f"snapshots/{plan.model.name}/{digest}.parquet"
-                if not await self._objects.exists(path):
-                    await self._objects.put(path, file)
-        erased = await self.erasures(plan.model, snapshot_time)
+        async with self._reading(_needed(plan, label), snapshot_time) as (db, views, folder):
+            file = folder / "snapshot.parquet"
+            query = training_rows(plan, views)
+            if plan.derived:
+                query = await asyncio.to_thread(with_derived, db, plan, views, query, _KEYS)
+            digest, n_rows = await asyncio.to_thread(_write, db, query, plan.model.label, file)
+            path = f"snapshots/{plan.model.name}/{digest}.parquet"
+            if not await self._objects.exists(path):
+                await self._objects.put(path, file)
+        erased = await self.erasures(plan, snapshot_time)
         return SnapshotTaken(path=path, digest=digest, n_rows=n_rows, snapshot_time=snapshot_time, columns=plan.columns, erasures=erased)
 
-    async def erasures(self, model: Model, snapshot_time: datetime) -> list[datetime]:
+    async def erasures(self, plan: Plan, snapshot_time: datetime) -> list[datetime]:
         """When rows were erased that had been known at `snapshot_time`, of the feature sets of a model."""
-        named = {model.spine, model.label.feature_set, *(source.feature_set for source in model.features)}
         found: set[datetime] = set()
         for shard in self._feature_store.shards:
             async with shard.begin() as db:
-                found |= await erasure.erasures(db, named, snapshot_time)
+                found |= await erasure.erasures(db, plan.feature_sets, snapshot_time)
         return sorted(found)
+
+    async def vectors(self, plan: Plan, asked: Sequence[tuple[str, int]], times: Sequence[datetime]) -> list[list[dict[str, FeatureValue]]]:
+        """The vectors that training would have of each entity_id at its event time, as known at each of `times`, the last one last.
+
+        Columns are those of a snapshot; empty where the spine has no row.
+
+        Raises:
+            PermanentError: The last of `times` is later than now.
+        """
+        async with self._reading(_needed(plan), times[-1]) as (db, views, _):
+            entity_ids, times_us = zip(*asked, strict=True)
+            db.register("asked", pa.table({"n": range(len(asked)), "entity_id": entity_ids, "event_us": times_us}))
+            return [await asyncio.to_thread(_vectors, db, plan, views, len(asked), time) for time in times]
+
+    @asynccontextmanager
+    async def _reading(
+        self, needed: Mapping[str, Mapping[str, str]], snapshot_time: datetime
+    ) -> AsyncIterator[tuple[duckdb.DuckDBPyConnection, dict[str, str], Path]]:
+        """The views of what was known of these features, by feature set, in a database of their own, and a folder that lives as long."""
+        await self._feature_store.pass_snapshot(snapshot_time)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        async with self._one_at_a_time:
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix="snapshot-") as name:
+                folder = Path(name)
+                with duckdb.connect(config=duckdb_config(self._memory_limit, folder)) as db:
+                    known = {name: self.rows(name, features, snapshot_time) for name, features in needed.items()}
+                    await asyncio.to_thread(read_known, known.values(), self._shard_urls, db)
+                    for rows in known.values():
+                        files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
+                        await asyncio.to_thread(rows.create_view, db, files)
+                    yield db, {name: rows.view for name, rows in known.items()}, folder
 
 
 def _check_names(plan: Plan) -> None:
@@ -108,14 +136,35 @@ def label_of(label: Label, definitions: Definitions) -> Feature:
     return feature
 
 
-def _needed(plan: Plan, label: Feature) -> dict[str, dict[str, str]]:
-    """The features that must be read of each feature set, with their types."""
+def _vectors(
+    db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, known_at: datetime
+) -> list[dict[str, FeatureValue]]:
+    known_us = microseconds(known_at)
+    then = {feature_set: f'"known {feature_set}"' for feature_set in views}
+    for feature_set, view in views.items():
+        db.execute(f"CREATE OR REPLACE TEMP VIEW {then[feature_set]} AS SELECT * FROM {view} WHERE created_us <= {known_us}")
+    query = asked_rows(plan, then)
+    if plan.derived:
+        query = with_derived(db, plan, then, query, ["n"])
+    vectors: list[dict[str, FeatureValue]] = [{} for _ in range(n)]
+    for row in db.sql(query).to_arrow_table().to_pylist():
+        vectors[row.pop("n")] = row
+    return vectors
+
+
+def _needed(plan: Plan, label: Feature | None = None) -> dict[str, dict[str, str]]:
+    """The features that must be read of each feature set, with their types; with a label, what training needs."""
     model = plan.model
     needed: dict[str, dict[str, str]] = defaultdict(dict)
     needed[model.spine].update({source.join: "category" for source in plan.sources if source.join})
-    needed[model.label.feature_set][model.label.column] = label.type
-    for column in plan.columns:
-        needed[column.feature_set][column.feature] = column.type
+    if label is not None:
+        needed[model.label.feature_set][model.label.column] = label.type
+    for source in plan.sources:
+        needed[source.feature_set] |= {column.feature: column.type for column in source.stored} | source.inputs
+        for aggregate in source.aggregates:
+            needed[aggregate.feature_set] |= {name: "category" for name in aggregate.theirs if name is not None}
+            if aggregate.feature is not None and aggregate.kind is not None:
+                needed[aggregate.feature_set][aggregate.feature] = aggregate.kind
     return needed
 
 

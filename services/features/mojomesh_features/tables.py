@@ -6,7 +6,7 @@ of their seq, and every counted prediction has its place in exactly one window, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -223,6 +223,48 @@ async def predictions_after(db: AsyncSession, model: str, after: int, limit: int
     log = predictions.c
     found = await db.execute(select(predictions).where(log.model == model, log.seq > after).order_by(log.seq).limit(limit))
     return [_by_name(row) for row in found.mappings()]
+
+
+@dataclass(frozen=True)
+class LoggedVector:
+    """What a champion was given for an entity whose features were looked up."""
+
+    seq: int
+    prediction_id: UUID
+    entity_id: str
+    event_time: datetime
+    made_at: datetime
+    inputs: list[float | None]
+
+
+async def vectors_to_compare(
+    db: AsyncSession, champion: ModelPromoted, after: int, min_age: timedelta, span: timedelta, limit: int
+) -> list[LoggedVector]:
+    """The champion's newest vectors with a seq above `after` that are at least so old and were made within one `span`, in order of seq."""
+    found = await db.execute(
+        text("""
+            WITH newest AS (
+                SELECT * FROM features.predictions WHERE model = :model AND seq > :after ORDER BY seq DESC LIMIT :looked_at
+            ), sample AS (
+                SELECT *, max(made_at) OVER () AS last_at FROM newest
+                WHERE bundle_digest = :digest AND entity_id IS NOT NULL AND rows <> '[]'
+                    AND made_at <= clock_timestamp() - CAST(:min_age AS interval)
+                ORDER BY seq DESC LIMIT :limit
+            )
+            SELECT seq, prediction_id, entity_id, event_time, made_at, inputs FROM sample
+            WHERE made_at >= last_at - CAST(:span AS interval) ORDER BY seq
+        """),
+        {
+            "model": champion.model,
+            "after": after,
+            "looked_at": 20 * limit,  # a log of predictions by values has none
+            "digest": champion.bundle_digest,
+            "min_age": min_age,
+            "span": span,
+            "limit": limit,
+        },
+    )
+    return [LoggedVector(*row) for row in found]
 
 
 async def forget_predictions(db: AsyncSession, entity_id: str, feature_sets: Sequence[str], models: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mojomesh_contracts.bundles import BundleSchema, Manifest
-from mojomesh_contracts.definitions import FeatureSet, Gate
+from mojomesh_contracts.definitions import FeatureSet, Gate, kind_of
 from mojomesh_contracts.events import Metrics
 
 HIGHER_IS_BETTER = frozenset({"auc"})
@@ -37,13 +37,13 @@ def schema_problems(schema: BundleSchema, feature_sets: Mapping[str, FeatureSet]
     found = []
     for column in schema.columns:
         feature_set = feature_sets.get(column.feature_set)
-        feature = feature_set.features.get(column.feature) if feature_set else None
+        kind = kind_of(feature_set, column.feature, feature_sets) if feature_set else None
         if feature_set is None:
             found.append(f"column '{column.name}' needs the feature set '{column.feature_set}', which is not defined")
-        elif feature is None:
+        elif kind is None:
             found.append(f"column '{column.name}' needs '{column.feature}', which is not a feature of '{column.feature_set}'")
-        elif feature.type != column.type:
-            found.append(f"column '{column.name}' was trained as a {column.type}, '{column.feature_set}' now has a {feature.type}")
+        elif kind != column.type:
+            found.append(f"column '{column.name}' was trained as a {column.type}, '{column.feature_set}' now has a {kind}")
     return found
 
 

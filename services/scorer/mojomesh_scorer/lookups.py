@@ -120,6 +120,8 @@ class FeatureLookup:
             plan = plan_of(self._definitions.model(model), self._definitions)
         except (NotFound, UnusableDefinition):
             return {}  # features says what is wrong, or knows a definition that has not come here yet
+        if plan.has_aggregates:
+            return {}  # they are computed from PostgreSQL's rows
         asked = [(entity.entity_id, microseconds(entity.event_time)) for entity in entities]
         known = await vectors(plan, asked, self._rows_at)
         return {place: Found.of(plan.model.spine, entities[place], vector) for place, vector in known.items()}

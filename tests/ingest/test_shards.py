@@ -119,7 +119,7 @@ async def lose_a_shard(world: Any, shards: Shards, n: int) -> Counter[UUID]:
     """Send n events, kill a shard when it has some of them and start it again when most are sent; the ledger of what was sent."""
     ledger: Counter[UUID] = Counter()
     for tenth in range(10):
-        events = world.make_events(n // 10)
+        events = [event for _ in range(max(1, n // 50_000)) for event in world.make_events(min(n // 10, 5_000))]  # within their range
         ledger.update(event.event_id for event in events)
         await world.records.publish(*events)
         if tenth == 2:

@@ -21,6 +21,7 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
+from hypothesis import HealthCheck, settings
 from redis import Redis as RedisClient
 
 from mojomesh_chassis.topics import declared_topics, ensure_topics
@@ -33,6 +34,9 @@ from mojomesh_local.migrating import migrate_tables
 from mojomesh_local.postgres import OWNER, SERVICE, Cluster, Postgres
 from mojomesh_local.processes import Server
 from mojomesh_local.redis import Redis
+
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 IN_CONTAINERS = os.environ.get("MOJOMESH_TEST_STACK") == "containers"
 TEMPLATE = "mesh_template"

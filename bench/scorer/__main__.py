@@ -1,4 +1,4 @@
-"""Runs the benchmark. Results go to docs/benchmarks.md, or with `--quick` only to the terminal."""
+"""Runs the benchmark. Results go into docs/benchmarks.md, between two marks, or with `--quick` only to the terminal."""
 
 import argparse
 import asyncio
@@ -20,6 +20,7 @@ from bench.scorer.swaps import measure_swaps
 from tests.scorer.making import Scorer
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- by make bench-scorer -->", "<!-- /by make bench-scorer -->"
 PEERS = ("mlserver", "bentoml", "fastapi", "undertow")
 RATES = (1000, 5000)
 
@@ -155,7 +156,8 @@ def main() -> None:
         written = page(asyncio.run(measure(QUICK if asked.quick else WHOLE, known, Path(folder))))
     log(written)
     if not asked.quick:
-        PAGE.write_text(written)
+        before, _, after = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{written}\n{END}{after.partition(END)[2]}")
         log(f"written to {PAGE}")
 
 

@@ -166,7 +166,7 @@ def _machine() -> str:
 
 def page(results: Results) -> str:
     """The whole page, in Markdown."""
-    lines = ["# How fast the scorer serves", ""]
+    lines = ["## The scorer: requests, swaps, deaths, streams", ""]
     lines += [
         "Written by `make bench-scorer`. Every server serves the same MOJO (GBM, 100 trees of depth 5, 14 columns) and answers the same",
         "requests of the Open Inference Protocol V2 in JSON; those of one row ask for all outputs, larger ones for the scores. The scorer",
@@ -185,15 +185,15 @@ def page(results: Results) -> str:
         "  as two whole processes with a listener each; all on httptools and uvloop, scoring by `score0` through JPype, and without",
         "  receipts. Undertow with Jackson and `score0` in one JVM, two I/O threads.",
         "",
-        "## What it must show",
+        "### What it must show",
         "",
         *_table(["", "wanted", "measured", "without receipts", "held"], _claims(results)),
         "",
-        "## Clients that ask again at once",
+        "### Clients that ask again at once",
     ]
     for cell, rounds in results.closed.items():
         lines += _closed(cell, rounds)
-    lines += ["", "## Fixed rates"]
+    lines += ["", "### Fixed rates"]
     for cell, rounds in results.open.items():
         lines += _open(cell, rounds)
     return "\n".join([*lines, *_answers(results), *_grpc(results.grpc), *_alone(results), ""])
@@ -206,7 +206,7 @@ def _answers(results: Results) -> list[str]:
     ]
     table = _table(["server", "answers compared under load", "wrong", "resident memory, MB"], rows)
     dropped = f"Receipts that Kafka did not take in time, dropped and counted: {results.receipts_dropped:,}."
-    return ["", "## Answers compared, and memory", "", *table, "", dropped]
+    return ["", "### Answers compared, and memory", "", *table, "", dropped]
 
 
 def _grpc(rounds: Rounds) -> list[str]:
@@ -220,7 +220,7 @@ def _grpc(rounds: Rounds) -> list[str]:
         for server, runs in rounds.items()
     ]
     table = _table(["server", "requests/s", "p99, ms", "server CPU a request, µs"], rows)
-    return ["", "## gRPC, one row a request, 16 channels, 64 calls in flight", "", *table]
+    return ["", "### gRPC, one row a request, 16 channels, 64 calls in flight", "", *table]
 
 
 def _alone(results: Results) -> list[str]:
@@ -242,5 +242,5 @@ def _alone(results: Results) -> list[str]:
         "from the kill until all workers listen again, s": spread(deaths.back_s, 2),
         "from the kill until what Kafka then held, on every partition, is predicted, s": spread(deaths.streaming_s, 2),
     }
-    title = "## Scoring alone, over Kafka, while versions are swapped, and when workers die"
+    title = "### Scoring alone, over Kafka, while versions are swapped, and when workers die"
     return ["", title, "", *_table(["", ""], [[*row] for row in rows.items()])]

@@ -92,7 +92,7 @@ class Formula:
             raise FormulaError(f"'{text}' is no formula: {error}") from None
         if kind == "time":
             raise FormulaError(f"'{text}' is a time; ask for its hour, or for what else is a number")
-        self.kind: Kind = kind  # type: ignore[assignment]
+        self.kind: Kind = kind  # type: ignore[assignment]  # a part's kind is a Kind or a time, which this is not
 
     def __call__(self, values: Mapping[str, FeatureValue], asked_at: datetime) -> FeatureValue:
         """The value for a row's `values` (absent or None is missing) asked for as of `asked_at`, in UTC."""
@@ -170,7 +170,7 @@ class Formula:
 
         def evaluate(values: Mapping[str, FeatureValue], at: datetime) -> FeatureValue:
             first, second = one(values, at), other(values, at)
-            return None if first is None or second is None else compare(first, second)  # type: ignore[arg-type]
+            return None if first is None or second is None else compare(first, second)  # type: ignore[arg-type]  # of one kind, seen above
 
         return "boolean", evaluate
 

@@ -39,7 +39,7 @@ class Windowed:
     def key_of(self, entity_id: str, values: Mapping[str, FeatureValue]) -> tuple[str, ...] | None:
         """The key for a row; None if the row lacks a part of it."""
         key = tuple(entity_id if name is None else values.get(name) for name in self.ours)
-        return None if None in key else key  # type: ignore[return-value]
+        return None if None in key else key  # type: ignore[return-value]  # mypy does not see what `in` rules out
 
 
 WindowAsked = tuple[Windowed, tuple[str, ...], int]

@@ -160,7 +160,7 @@ async def explain(db: Any, which: Asked) -> str:
             plans.extend(line for (line,) in told)
             return []
 
-    await embeddings._nearest(Explaining(), which)  # type: ignore[arg-type]
+    await embeddings._nearest(Explaining(), which)  # type: ignore[arg-type]  # a session that explains instead
     return "\n".join(plans)
 
 

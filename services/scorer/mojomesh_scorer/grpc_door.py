@@ -1,6 +1,7 @@
 """The Open Inference Protocol V2 over gRPC, with the standard health and reflection services."""
 
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache
@@ -118,6 +119,7 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
 
     def _answer_short(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse | None:
         """A single row by value, as on the fast lane of HTTP: nothing else is asked for, and no trace is carried."""
+        began = time.perf_counter()
         self._n_infer += 1
         if request.parameters or request.model_version or self._n_infer % TRACED == 0:
             return None
@@ -128,7 +130,7 @@ class Inference(pb_grpc.GRPCInferenceServiceServicer):
         if (model := self._doors.scoring.models.serving_now(request.model_name)) is None:
             return None
         blank = _blank(model.name, model.version, n_classes_of(model), tuple([output.name for output in request.outputs]))
-        if blank is None or (scored := self._short.infer(model.name, _elements(request))) is None:
+        if blank is None or (scored := self._short.score(model, _elements(request), began)) is None:
             return None
         response = pb.ModelInferResponse(id=request.id)
         response.MergeFrom(blank)

@@ -70,11 +70,8 @@ class ShortAnswers:
             return partial(self._answer_native, url[11:-6].decode("latin-1"))
         return None
 
-    def infer(self, name: str, elements: Iterable[Element]) -> Scored | None:
-        """Score a row of V2 tensors; None when it is not plain."""
-        began = time.perf_counter()
-        if (model := self._doors.scoring.models.serving_now(name)) is None:
-            return None
+    def score(self, model: LoadedModel, elements: Iterable[Element], began: float) -> Scored | None:
+        """Score a row of V2 tensors, of a request that `began` then by `time.perf_counter`; None when it is not plain."""
         row = _read_elements(model.encoder, elements)
         return None if row is None else self._score(model, row, began)
 
@@ -88,9 +85,9 @@ class ShortAnswers:
             return None
         wanted = tuple([output.name for output in asked.outputs])
         template = _template(name, model.version, n_classes_of(model), wanted)
-        if template is None or (row := _read_elements(model.encoder, asked.inputs)) is None:
+        if template is None or (scored := self.score(model, asked.inputs, began)) is None:
             return None
-        return _filled(template, self._score(model, row, began), asked.id)
+        return _filled(template, scored, asked.id)
 
     def _answer_native(self, name: str, body: bytes) -> bytes | None:
         began = time.perf_counter()

@@ -66,8 +66,8 @@ test-long: setup ## The same promises over thousands of histories, and for longe
 bench-scorer: setup ## The scorer beside other servers of the same model; writes docs/benchmarks.md, ARGS=--quick only prints
 	$(BIN)/python -m bench.scorer $(ARGS)
 
-bench-store: setup ## Sealing and point-in-time joins against other ways, in one run; ARGS=--quick for a small one
-	$(BIN)/python bench/store/run.py $(ARGS)
+bench-store: setup ## The feature store against other ways, in one run; ARGS=--quick for a small one
+	$(BIN)/python -m bench.store $(ARGS)
 
 images: setup ## One container image per service, mojomesh-<service>
 	for service in $(SERVICES); do docker build --network host --build-arg SERVICE=$$service -t mojomesh-$$service -f deploy/images/Dockerfile . || exit 1; done

@@ -1,4 +1,4 @@
-"""Insert-if-new of a batch: unnest against binary COPY into a staging table: `.venv/bin/python bench/insert.py [rounds]`.
+"""Insert-if-new of a batch: unnest against binary COPY into a staging table: `.venv/bin/python -m bench.store.insert [rounds]`.
 
 Both write batches of 5,000 new rows in turns, each in a transaction, into the feature store's table with all its indexes, on a
 PostgreSQL of its own. Printed: milliseconds a batch of wall time, of the server's CPU and of the client's. `store.rows` uses the better.
@@ -16,8 +16,8 @@ from pathlib import Path
 import asyncpg
 import orjson
 import psutil
-from ingest import BATCH, make_event
 
+from bench.store.ingest import BATCH, make_event
 from mojomesh_contracts.events import EventReceived
 from mojomesh_local import ports
 from mojomesh_local.migrating import migrate_tables

@@ -1,4 +1,4 @@
-"""How fast ingest is, on servers of its own: `.venv/bin/python bench/ingest.py [events]`.
+"""How fast ingest is, on servers of its own.
 
 Events wait in Kafka; one ingest process turns them into feature rows and announces them. Beside it, in the same run and into the same
 table, raw binary COPY in the same batches: what PostgreSQL alone can take. Printed: events a second, the ratio of the two, and CPU time
@@ -185,12 +185,9 @@ async def measure(folder: Path, n: int, stack: ExitStack) -> None:
     print(f"together    {total / n * 1e6:10.1f} us of CPU an event: {2 * n / total:,.0f} events/s if two cores did nothing else")
 
 
-def main() -> None:
+def main(quick: bool) -> None:
+    """Measure, with `quick` a tenth of the events."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # new topics have no leader for a moment
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 300_000
+    n = 30_000 if quick else 300_000
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as folder, ExitStack() as stack:
         asyncio.run(measure(Path(folder), n, stack))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Sealing and point-in-time joins, on a PostgreSQL of its own, against other ways in the same run: `make bench-store`.
+"""Sealing and point-in-time joins, on a PostgreSQL of its own, against other ways in the same run.
 
 Joined: a spine of n rows with its labels and two feature sets of 5 n rows each (12 values, 1 % corrections, text keys; one set by the
 spine's own entity, one by a column), 1 % of all rows not sealed yet; Parquet out. Rivals take turns, each time in a process of its own:
@@ -7,17 +7,14 @@ spine's own entity, one by a column), 1 % of all rows not sealed yet; Parquet ou
     by row      the same with `known_at: row`
     bare        one DuckDB query of chained ASOF joins over one sorted Parquet file a set, unsorted and without a digest
     row_number  the same after a row_number() has removed corrected rows
-    feast       Feast's offline join (file source) in an environment of its own, within 8 GB and --feast-s seconds
+    feast       Feast's offline join (file source) in an environment of its own, within 8 GB and `PATIENCE_S`
 
 Printed: rows a second (the median), peak memory of the process, and of each time the seconds (in brackets those of CPU in the process that
-joins or seals, which tell more than the others on a machine that is not idle). `--quick` does a tenth of it.
+joins or seals, which tell more than the others on a machine that is not idle).
 """
 
-import argparse
 import asyncio
 import json
-import os
-import platform
 import resource
 import secrets
 import statistics
@@ -34,7 +31,6 @@ from typing import Any
 
 import asyncpg
 import duckdb
-import psutil
 
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import open_objects
@@ -50,6 +46,7 @@ from mojomesh_store.vectors import plan_of
 
 MEMORY = "4GiB"
 FEAST = "feast==0.67.0"
+PATIENCE_S = 180.0  # with Feast, at each size
 VALUES = [*(f"number_{n}" for n in range(8)), *(f"category_{n}" for n in range(4))]
 USED = ("number_0", "number_1", "number_2", "category_0")
 
@@ -226,7 +223,7 @@ def act(folder: Path, what: str, *arguments: str) -> None:
     print(json.dumps(result | {"gb": used.ru_maxrss / 1e6, "cpu_s": used.ru_utime + used.ru_stime - before}))
 
 
-def feast(folder: Path, n: int, patience_s: float) -> dict[str, Any] | None:
+def feast(folder: Path, n: int) -> dict[str, Any] | None:
     """Feast's own join, in an environment of its own; None if it did not end in time or in memory."""
     home = Path(tempfile.gettempdir()) / f"mojomesh-bench-{FEAST}"
     if not (home / "ready").exists():
@@ -236,7 +233,7 @@ def feast(folder: Path, n: int, patience_s: float) -> dict[str, Any] | None:
     script = Path(__file__).with_name("feast_join.py")
     try:
         done = subprocess.run(
-            [home / "bin" / "python", script, folder, str(n), *USED], stdout=subprocess.PIPE, timeout=patience_s, check=True, text=True
+            [home / "bin" / "python", script, folder, str(n), *USED], stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True, text=True
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return None
@@ -252,9 +249,10 @@ def show(what: str, n: int, results: list[dict[str, Any]]) -> tuple[float, float
     return rates[0], rates[1]
 
 
-def main(scales: list[int], rounds: int, feast_s: float) -> None:
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB, load {os.getloadavg()[0]:.1f}")
-    print(f"Python {platform.python_version()}, DuckDB {duckdb.__version__} with {MEMORY}\n", flush=True)
+def main(quick: bool) -> None:
+    """Measure, with `quick` a tenth of it in one round."""
+    scales = [1_000, 10_000, 100_000] if quick else [10_000, 100_000, 1_000_000]
+    print(f"DuckDB {duckdb.__version__} with {MEMORY}\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, a_database(folder := Path(name)) as cluster:
         (folder / "objects").mkdir()
         url = cluster.url(SERVICE)
@@ -266,10 +264,10 @@ def main(scales: list[int], rounds: int, feast_s: float) -> None:
             time.sleep(2)  # the tail comes in after what is sealed
             asyncio.run(load(cluster.url(OWNER), n, (0.99, 1), "1 second"))
             export(url, folder, n)
-            join(url, folder, n, rounds if n == max(scales) else 1, feast_s)
+            join(url, folder, n, 3 if n == max(scales) and not quick else 1)
 
 
-def join(url: str, folder: Path, n: int, rounds: int, feast_s: float) -> None:
+def join(url: str, folder: Path, n: int, rounds: int) -> None:
     """The rivals in turns, and what ours is to each."""
     ways = {
         "ours": ("ours", url, str(n), "snapshot"),
@@ -283,8 +281,8 @@ def join(url: str, folder: Path, n: int, rounds: int, feast_s: float) -> None:
             results[way].append(child(folder, *arguments))
     rates = {way: show(way, n, found) for way, found in results.items()}
     assert len({found[0]["rows"] for found in results.values()}) == 1, "they do not answer the same"
-    if (feasts := feast(folder, n, feast_s)) is None:
-        print(f"{'feast':12}{n:>10,}   did not end in {feast_s:.0f} s and 8 GB")
+    if (feasts := feast(folder, n)) is None:
+        print(f"{'feast':12}{n:>10,}   did not end in {PATIENCE_S:.0f} s and 8 GB")
     else:
         rates["feast"] = show("feast", n, [feasts])
     for kind, name in enumerate(("", " by CPU")):
@@ -304,9 +302,3 @@ async def without_indexes(owner: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         act(Path(sys.argv[2]), *sys.argv[3:])
-    else:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--quick", action="store_true", help="a tenth of it, one round")
-        parser.add_argument("--feast-s", type=float, default=180, help="how long to wait for Feast at each size")
-        asked = parser.parse_args()
-        main([1_000, 10_000, 100_000] if asked.quick else [10_000, 100_000, 1_000_000], 1 if asked.quick else 3, asked.feast_s)

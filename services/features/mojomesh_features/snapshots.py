@@ -25,7 +25,7 @@ from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Feature, Label
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.deriving import with_derived
-from mojomesh_features.joining import asked_rows, training_rows
+from mojomesh_features.joining import asked_rows, numbered_entities, training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
@@ -60,6 +60,7 @@ class Snapshots:
         """
         _check_names(plan)
         async with self._reading(_needed(plan, label), snapshot_time) as (db, views, folder):
+            await asyncio.to_thread(db.execute, numbered_entities(plan, views))
             file = folder / "snapshot.parquet"
             query = training_rows(plan, views)
             if plan.derived:
@@ -143,6 +144,7 @@ def _vectors(
     then = {feature_set: f'"known {feature_set}"' for feature_set in views}
     for feature_set, view in views.items():
         db.execute(f"CREATE OR REPLACE TEMP VIEW {then[feature_set]} AS SELECT * FROM {view} WHERE created_us <= {known_us}")
+    db.execute(numbered_entities(plan, then))
     query = asked_rows(plan, then)
     if plan.derived:
         query = with_derived(db, plan, then, query, ["n"])

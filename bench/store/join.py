@@ -353,7 +353,8 @@ def join(url: str, folder: Path, n: int, rounds: int, told: list[str]) -> float:
         if way != "ours":
             clock, cpu = (mine / other for mine, other in zip(rates["ours"], rate, strict=True))
             told.append(f"{n:,} spine rows: ours is {clock:.2f} x {way}{goal(way)}, {cpu:.2f} x by CPU")
-    return statistics.median(result["s"] for result in results["ours"])
+    seconds: float = statistics.median(result["s"] for result in results["ours"])
+    return seconds
 
 
 AS_OF = """

@@ -8,10 +8,12 @@ loaded, by `online.lua`. Redis should keep nothing over a restart, or what was m
 import hashlib
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +43,9 @@ GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
+_GENERATION = re.compile(rb"[0-9a-f-]{36}")
 _NEVER = b"0"
+_SHORTEST_EXPONENT = 1e16  # from here on a float's JSON has an exponent, and JSONB gives back an integer
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Entity = tuple[str, str]
@@ -66,12 +70,12 @@ class OnlineRow(NamedTuple):
     created_us: int
     seq: int
     reported_us: int
-    vector: bytes  # `values` as JSON
+    vector: bytes  # `values` as JSON, as PostgreSQL gives them back
 
     @classmethod
     def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
         times = (microseconds(row.event_time), microseconds(row.created_at), row.seq, microseconds(row.reported_at))
-        return cls(*times, orjson.dumps(row.values))
+        return cls(*times, orjson.dumps(row.values if isinstance(row, FeatureRow) else _as_stored(row.values)))
 
     @property
     def values(self) -> dict[str, FeatureValue]:
@@ -183,10 +187,11 @@ class OnlineStore:
             if not isinstance(found, list) or len(found) != len(entities) + 1 or not isinstance(found[0], bytes | None):
                 log.warning("redis_answered_something_else")
                 return None, nothing
-            generation = None if found[0] is None else found[0].decode("ascii", "replace")
-            if generation is None:
-                await self._asking(self.redis.set(GENERATION, str(uuid4()), nx=True))
+            if found[0] is None or not _GENERATION.fullmatch(found[0]):
+                # Whatever is there instead: one generation too many costs loads only.
+                await self._asking(self.redis.set(GENERATION, str(uuid4())))
                 return None, nothing
+            generation = found[0].decode("ascii")
         except Unanswered:
             _READS.labels("unanswered").inc(len(entities))
             return None, nothing
@@ -231,7 +236,8 @@ class OnlineStore:
         parts = {entity: ["", 0, 0, 0, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
         try:
             if self._missed_writes:
-                await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
+                # Another generation, begun by whoever asks next; a Redis that is full takes no new one, but lets go of this.
+                await self._asking(self.redis.delete(GENERATION), anyway=True)
             await self._merging(parts, "", anyway=True)
         except Unanswered as error:
             self._missed_writes = True
@@ -246,8 +252,7 @@ class OnlineStore:
         """
         try:
             # A load that is on its way must not put back what it found: hence another generation.
-            await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
-            await self._asking(self.redis.delete(*(_key(entity) for entity in entities)), anyway=True)
+            await self._asking(self.redis.delete(GENERATION, *(_key(entity) for entity in entities)), anyway=True)
         except Unanswered as error:
             raise TransientError(f"Redis does not forget: {error}") from error
 
@@ -303,6 +308,19 @@ class OnlineStore:
             Vattani, Chierichetti, Lowenstein (2015), Optimal Probabilistic Cache Stampede Prevention, VLDB 8(8), algorithm XFetch.
         """
         return self.clock() * 1000 - load_ms * BETA * math.log(self.chance()) >= loaded_at_ms + ENTRY_TTL_MS
+
+
+def _as_stored(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:
+    """Values as they come back from JSONB, byte by byte: keys in its order, no negative zero, no exponents."""
+    names = sorted(values, key=lambda name: (len(name.encode()), name.encode()))
+    return {name: _number_as_stored(value) if isinstance(value, float) else value for name in names for value in (values[name],)}
+
+
+def _number_as_stored(value: float) -> float:
+    if abs(value) < _SHORTEST_EXPONENT:
+        return value + 0.0
+    digits: float = orjson.loads(format(Decimal(repr(value)), "f"))
+    return digits
 
 
 def _key(entity: Entity) -> str:

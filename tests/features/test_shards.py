@@ -2,17 +2,21 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import httpx
 import pytest
+from adbc_driver_postgresql import dbapi
 from sqlalchemy import text
 
 from mojomesh_chassis.database import open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.definitions import Model
+from mojomesh_features.known import KnownRows
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows
@@ -67,6 +71,50 @@ async def test_reads_of_other_entities_go_on_and_its_own_are_refused_with_a_reas
     snapshot = await http.post("/v1/snapshots", json={"model": model.model_dump(mode="json"), "snapshot_time": NOON.isoformat()})
     assert snapshot.status_code == 503
     assert "shard 1 of 3" in snapshot.text
+
+
+@pytest.mark.parametrize("point", ["before it is read", "while it is read", "between rows"])
+async def test_a_shard_that_dies_between_a_snapshots_passage_and_its_reading_is_named(
+    point: str,
+    http: httpx.AsyncClient,
+    snapshots: Snapshots,
+    postgres_cluster: Any,
+    databases: list[Any],
+    append: Append,
+    model: Model,
+    feature_store: FeatureStore,
+) -> None:
+    database = feature_store.shards[1].engine.url.database
+    assert database is not None
+
+    def die() -> None:
+        postgres_cluster.execute(f'ALTER DATABASE "{database}" CONNECTION LIMIT 0')
+        postgres_cluster.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
+
+    class Dying(KnownRows):
+        def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:
+            super().create_tail(db)
+            if point == "before it is read":
+                die()
+
+        def read_tail(self, shard: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+            if point == "while it is read":
+                die()
+            super().read_tail(shard, db)
+
+        def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+            if point == "between rows":
+                die()
+            super()._read_after(sealed, cursor, db)
+
+    snapshots.rows = Dying
+    now = (await append("flights", "UA1", NOON, carrier="UA")).created_at
+
+    refused = await http.post("/v1/snapshots", json={"model": model.model_dump(mode="json"), "snapshot_time": now.isoformat()})
+
+    assert refused.status_code == 503
+    assert "shard 1 of 3" in refused.text
+    assert "away, and with it the entities it holds" in refused.text
 
 
 @pytest.mark.parametrize(("copies_count", "factor"), [(False, 1), (True, 2)])

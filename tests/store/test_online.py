@@ -279,6 +279,23 @@ async def test_a_write_that_redis_missed_is_never_hidden_by_what_it_kept(own_red
         assert await window_of(another) is None
 
 
+async def test_a_write_that_a_full_redis_refused_is_hidden_from_nobody(own_redis: tuple[str, Child]) -> None:
+    """It goes on answering, for as long as it stays full."""
+    async with open_redis(own_redis[0]) as redis, open_redis(own_redis[0]) as redis_of_another_replica:
+        online, another = OnlineStore(redis), OnlineStore(redis_of_another_replica)
+        await load(online, FLIGHT, [make_row(10)])
+        await redis.config_set("maxmemory-policy", "noeviction")
+        await redis.config_set("maxmemory", 1)
+        with pytest.raises(TransientError, match="reads go to PostgreSQL"):
+            await online.merge([(FLIGHT, make_row(20))])
+
+        assert await window_of(another) is not None  # control: what the full Redis kept would be believed
+        with pytest.raises(TransientError, match="reads go to PostgreSQL"):  # the consumer tries again
+            await online.merge([(FLIGHT, make_row(20))])
+        assert await window_of(another) is None
+        assert await window_of(online) is None
+
+
 async def test_a_redis_that_does_not_answer_is_not_asked_again_and_again(own_redis: tuple[str, Child]) -> None:
     url, child = own_redis
     now = 0.0

@@ -16,8 +16,10 @@ from mojomesh_chassis.database import open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.definitions import Model
+from mojomesh_features.erasing import Eraser
 from mojomesh_features.known import KnownRows
 from mojomesh_features.sealing import Sealer
+from mojomesh_features.segments import rows_of_entity
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows
 from mojomesh_store.rebalancing import claim, rebalance
@@ -155,3 +157,36 @@ async def test_rows_that_moved_are_in_snapshots_as_before_and_in_segments_once(
         assert sum(segment.n_rows for segment in sealed) == factor * 2 * len(moving)
         assert before.n_rows == len(moving)
         assert copies_count or (await snapshots.take(plan, label, at)).digest == before.digest
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_an_entity_that_moved_is_forgotten_where_it_was_and_where_it_went(
+    sealed: bool, databases: list[Any], definitions: Definitions, objects: Objects, tmp_path: Path
+) -> None:
+    """Sealed, its rows have left the shard they were copied from; unsealed, they are on both."""
+    urls = [database.url for database in databases[:2]]
+    who, other = [entity_id for entity_id in FLIGHTS if ShardRouter(2).place(entity_id) == 1][:2]
+    events = [make_event("flights", entity_id, NOON, {"distance": 1}) for entity_id in (who, other)]
+    async with AsyncExitStack() as stack:
+        owners = await stack.enter_async_context(open_feature_store([database.owner_url for database in databases[:2]]))
+        await claim(FeatureStore(owners.shards[:1]))
+        await claim(owners)
+        async with owners.shards[0].begin() as db:
+            await rows.append(db, events)
+        store = await stack.enter_async_context(open_feature_store(urls))
+        if sealed:
+            await Sealer(store, urls, objects, tmp_path, "256MB").seal(definitions)
+        assert (await rebalance(owners)).left == (0 if sealed else 2)
+
+        assert await Eraser(owners, objects, tmp_path, "256MB").forget("flights", who) == (1 if sealed else 2, int(sealed))
+        async with store.shards[1].begin() as db:
+            await rows.append(db, events)  # a replay
+
+        for shard in owners.shards:
+            async with shard.begin() as db:
+                stored = set(await db.scalars(text("SELECT entity_id FROM store.feature_rows")))
+                moved = set(await db.scalars(text("SELECT entity_id FROM store.moved")))
+            assert stored == ({other} if shard.number == 1 or not sealed else set())
+            assert who not in moved
+        for path in await objects.list("segments"):
+            assert rows_of_entity(await objects.fetch(path, tmp_path), who) == []

@@ -192,10 +192,9 @@ def declared(stale: str = "missing") -> Definitions:
 
 
 async def keep(online: OnlineStore, entity: Entity, event_time: datetime, values: str) -> None:
-    await online.windows([entity])  # makes the generation, the first time
-    generation, _ = await online.windows([entity])
+    lease = await online.lease([entity])
     row = OnlineRow(microseconds(event_time), 100, 1, 100, values.encode())
-    await online.keep(generation, {entity: Window.of([row], ROWS_KEPT)}, 1.0)
+    await online.keep(lease, {entity: Window.of([row], ROWS_KEPT)}, 1.0)
 
 
 async def n_round_trips(online: OnlineStore) -> int:
@@ -232,9 +231,8 @@ async def test_what_redis_does_not_know_for_certain_is_asked_of_the_service(onli
 
 
 async def test_an_entity_without_rows_is_known_to_have_none(online: OnlineStore) -> None:
-    await online.windows([("flights", "nobody")])
-    generation, _ = await online.windows([("flights", "nobody")])
-    await online.keep(generation, {("flights", "nobody"): Window.of([], ROWS_KEPT)}, 1.0)
+    lease = await online.lease([("flights", "nobody")])
+    await online.keep(lease, {("flights", "nobody"): Window.of([], ROWS_KEPT)}, 1.0)
 
     (found,) = await Features().lookup(online, declared()).vectors("flight-delay", [EntityAt("nobody", AT)])
 

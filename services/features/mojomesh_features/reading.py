@@ -95,15 +95,16 @@ class FeatureReader:
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window | TransientError]:
         """The newest rows of each entity, from Redis or loaded and kept there; not coalesced with what others ask."""
-        generation, kept = await self._online.windows(entities)
+        kept = await self._online.windows(entities)
         known: dict[Entity, Window | TransientError] = {
             entity: window for entity, window in zip(entities, kept, strict=True) if window is not None
         }
         if missing := [entity for entity in entities if entity not in known]:
+            lease = await self._online.lease(missing)
             began = time.perf_counter()
             loaded = await self._load(missing)
             whole = {entity: window for entity, window in loaded.items() if isinstance(window, Window)}
-            await self._online.keep(generation, whole, 1000 * (time.perf_counter() - began))
+            await self._online.keep(lease, whole, 1000 * (time.perf_counter() - began))
             known |= loaded
         return known
 

@@ -516,14 +516,13 @@ async def loads_of_a_stampede(mesh: Mesh, replicas: list[Features]) -> float:
             assert await replicas[number % len(replicas)].ask(HOTLY_ASKED) == mesh.expected[HOTLY_ASKED]
 
     before = await loads()
-    async with open_database(mesh.owner_url) as owner, asyncio.TaskGroup() as clients:
-        async with owner.begin() as db:
-            await db.execute(text("LOCK TABLE store.feature_rows IN ACCESS EXCLUSIVE MODE"))
-            for number in range(200):
-                clients.create_task(ask(number))
-            while await loads() == before:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.5)  # all the others come
+    async with open_database(mesh.owner_url) as owner, asyncio.TaskGroup() as clients, owner.begin() as db:
+        await db.execute(text("LOCK TABLE store.feature_rows IN ACCESS EXCLUSIVE MODE"))
+        for number in range(200):
+            clients.create_task(ask(number))
+        while await loads() == before:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # all the others come
     return await loads() - before
 
 

@@ -270,6 +270,8 @@ class FeatureSet(Definition):
 
     def problems(self, values: dict[str, FeatureValue]) -> list[str]:
         """What is wrong with a vector, in words, every fault named; empty when it is in order."""
+        if self._is_usual(values):
+            return []
         found = []
         for name, value in values.items():
             feature = self.features.get(name)
@@ -279,7 +281,29 @@ class FeatureSet(Definition):
                 found.append(f"'{name}' {problem}")
         return found
 
-    def problems_of_vectors(self, vectors: dict[str, list[float]]) -> list[str]:
+    @cached_property
+    def _usual(self) -> tuple[frozenset[tuple[str, type]], list[tuple[str, float, float]]]:
+        """What values are like nearly always: pairs of name and type, and the range of each number."""
+        types: dict[Kind, tuple[type, ...]] = {"number": (int, float), "category": (str,), "boolean": (bool,)}
+        missing = type(None)
+        pairs = frozenset((name, kind) for name, feature in self.features.items() for kind in (*types[feature.type], missing))
+        numbers = ((name, feature) for name, feature in self.features.items() if feature.type == "number")
+        largest = sys.float_info.max
+        bounds = ((name, -largest if of.min is None else of.min, largest if of.max is None else of.max) for name, of in numbers)
+        return pairs, [(name, max(-largest, least), min(largest, most)) for name, least, most in bounds]
+
+    def _is_usual(self, values: dict[str, FeatureValue]) -> bool:
+        # Of what is done to an event, looking at its values one by one was the most: types by one comparison of sets, then the numbers.
+        pairs, ranges = self._usual
+        if not pairs.issuperset(zip(values, map(type, values.values()), strict=True)):
+            return False
+        for name, least, most in ranges:
+            value = values.get(name)
+            if value is not None and not least <= value <= most:  # type: ignore[operator]
+                return False
+        return True
+
+    def problems_of_vectors(self, vectors: Mapping[str, list[float]]) -> list[str]:
         """What is wrong with the vectors of an event, in words."""
         found = [f"'{name}' is not a vector of '{self.name}'" for name in vectors if name not in self.vectors]
         told = ((name, self.vectors[name].problem(vector)) for name, vector in vectors.items() if name in self.vectors)

@@ -3,14 +3,14 @@
 from datetime import UTC, datetime, timedelta
 
 from mojomesh_contracts.definitions import FeatureSet
-from mojomesh_contracts.events import EventReceived
+from mojomesh_contracts.events import Arrival
 
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)
 CLOCK_SKEW = timedelta(minutes=5)  # clients' clocks may be ahead of ours by this much
 _NUL = "\x00"
 
 
-def problem_of(event: EventReceived, feature_set: FeatureSet | None, now: datetime) -> str | None:
+def problem_of(event: Arrival, feature_set: FeatureSet | None, now: datetime) -> str | None:
     """Why `event` cannot be stored, every fault named; None if it can.
 
     Args:
@@ -27,7 +27,7 @@ def problem_of(event: EventReceived, feature_set: FeatureSet | None, now: dateti
         if time is not None and not EARLIEST <= time <= latest:
             found.append(f"{name} {time.isoformat()} is not between {EARLIEST.year} and now + {CLOCK_SKEW.seconds // 60} minutes")
     # PostgreSQL keeps no NUL in a text.
-    found += [f"'{name}' contains a NUL character" for name, value in event.values.items() if isinstance(value, str) and _NUL in value]
+    found += [f"'{name}' contains a NUL character" for name, value in event.values.items() if type(value) is str and _NUL in value]
     if _NUL in event.entity_id:
         found.append("entity_id contains a NUL character")
     return "; ".join(found) or None

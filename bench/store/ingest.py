@@ -101,7 +101,7 @@ def make_record(number: int) -> Record:
     at = (START + timedelta(seconds=10 * number)).isoformat()
     text = f'{{"event_id":"{random.getrandbits(128):032x}","feature_set":"flights","entity_id":"flight-{number}","event_time":"{at}",'
     partition = number // 500 % EventReceived.topic.partitions
-    return Record(EventReceived.topic.name, f"flight-{number}".encode(), text.encode() + _rest(number % 50_000), (), partition)
+    return Record(EventReceived.topic.name, f"flight-{number}".encode(), text.encode() + _rest(number % 50_000), [], partition)
 
 
 @cache

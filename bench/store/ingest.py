@@ -49,7 +49,7 @@ from mojomesh_store import rows
 
 BATCH = 5_000
 TURN = 10  # batches
-AHEAD = 300_000  # events that wait at least, while ingest is measured
+AHEAD = 100_000  # events that wait at least, while ingest is measured
 START = datetime(2013, 1, 1, tzinfo=UTC)
 CARRIERS = ("UA", "AA", "B6", "DL", "EV", "MQ", "US", "9E", "WN", "VX")
 GROUP = f"ingest.{EventReceived.topic.name}"
@@ -248,8 +248,8 @@ async def sustain(mesh: Mesh, seconds: float, n_waiting: int) -> float:
             memory.append(((time.perf_counter() - begun) / 60, process.memory_info().rss / 2**20))
             total = await handled(mesh.admin)
             if n - total < AHEAD:
-                await fill(mesh.publisher, mesh.numbers, AHEAD)
-                n += AHEAD
+                await fill(mesh.publisher, mesh.numbers, AHEAD // 2)
+                n += AHEAD // 2
         took, started = time.perf_counter() - started, time.perf_counter()
         after = batches(mesh.url)
         rates.append((total - n_before) / took)
@@ -298,7 +298,7 @@ async def measure(folder: Path, seconds: float, turns_s: float, stack: ExitStack
     await admin.start()
     try:
         await write_in_turns(cluster.url(SERVICE), numbers, turns_s)
-        n_waiting = max(2 * AHEAD, int(seconds * GOAL_RATE * 4 / 3))
+        n_waiting = int(seconds * GOAL_RATE * 5 / 3)
         await declare(publisher)
         started = time.perf_counter()
         await fill(publisher, numbers, n_waiting)

@@ -1,6 +1,7 @@
-"""How long GIN's list of pending entries may grow: `.venv/bin/python -m bench.store.pending SECONDS KB …`.
+"""How long GIN's list of pending entries may grow: `.venv/bin/python -m bench.store.pending SECONDS LIST/WORK …`.
 
-One database a limit (`gin_pending_list_limit`), written to in turns by `store.rows` in batches of 5,000 until each was for `SECONDS`.
+One database for each pair, in kB, of `gin_pending_list_limit` and `work_mem`, which is what of the list is put into the index at a time.
+They are written to in turns by `store.rows` in batches of 5,000, all in all for `SECONDS`.
 Printed for each: rows a second, CPU time of the server a row, the batches (median, 99th percentile, slowest: the one that empties the
 list), pages of the list (median, most), and how long a question of containment with one answer takes (median, slowest).
 """
@@ -74,22 +75,23 @@ async def main(seconds: float, limits: list[str]) -> None:
         stack.callback(child.stop)
         databases = []
         for limit in limits:
-            name = f"limit_{limit}"
+            pending, work = limit.split("/")
+            name = f"limits_{pending}_{work}"
             cluster.create_database(name)
             await migrate_tables([cluster.url(OWNER, name)])
-            cluster.execute(f"ALTER DATABASE {name} SET gin_pending_list_limit = {limit}")
+            cluster.execute(f"ALTER DATABASE {name} SET gin_pending_list_limit = {pending}; ALTER DATABASE {name} SET work_mem = {work}")
             looking = await asyncpg.connect(cluster.url(SUPERUSER, name))
             stack.push_async_callback(looking.close)
             await looking.execute("SET enable_seqscan = off")
             database = await stack.enter_async_context(open_database(cluster.url(SERVICE, name)))
             databases.append(Limited(limit, database, looking))
-        for turn in count():
+        turns, until = count(), time.monotonic() + seconds
+        while time.monotonic() < until:
+            first = next(turns) * TURN * BATCH
             for each in databases:
-                await each.write(psutil.Process(child.pid), turn * TURN * BATCH)
-            if min(sum(each.times) for each in databases) > seconds:
-                break
+                await each.write(psutil.Process(child.pid), first)
         for each in databases:
-            print(f"{each.name:>6} kB: {each.report()}", flush=True)
+            print(f"{each.name:>12} kB: {each.report()}", flush=True)
 
 
 if __name__ == "__main__":

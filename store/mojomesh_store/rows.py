@@ -18,6 +18,7 @@ from mojomesh_store.tables import FeatureRow, feature_rows
 
 PASSAGE_TIMEOUT_MS = 200  # a waiting exclusive lock holds up new writers for at most this long
 PASSAGE_TRIES = 100
+PENDING_LIMIT_KB = 64 * 1024  # at which a writer empties GIN's list of pending entries itself, since nobody else did
 
 RowId = tuple[str, datetime, UUID]
 """What makes a feature row unique: feature_set, event_time, event_id."""
@@ -93,7 +94,10 @@ _NEWEST = _reading_rows("""
 
 async def write_time(db: AsyncSession) -> datetime:
     """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
-    await db.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot'))"))
+    await db.execute(
+        text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot')), set_config('gin_pending_list_limit', :limit, true)"),
+        {"limit": str(PENDING_LIMIT_KB)},
+    )
     return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
 
 
@@ -171,6 +175,11 @@ async def pass_snapshot(shard: Database, snapshot_time: datetime) -> None:
                 return
         await asyncio.sleep(PASSAGE_TIMEOUT_MS / 4000)  # let the writers go who waited behind us
     raise TransientError("feature rows are being written without a pause; no snapshot could pass, try again")
+
+
+async def empty_pending_lists(db: AsyncSession) -> int:
+    """Put what writers left on GIN's lists of pending entries into the index, how many pages; 0 if somebody else is at it."""
+    return int((await db.execute(text("SELECT store.empty_pending_lists()"))).scalar_one())
 
 
 async def snapshot_clock(db: AsyncSession) -> datetime:

@@ -135,7 +135,7 @@ async def copy_batch(connection: asyncpg.Connection, records: list[tuple[object,
 
 
 async def write_in_turns(url: str, numbers: Iterator[int], least_s: float) -> dict[str, float]:
-    """Rows a second by COPY and by `store.rows`, each for at least `least_s`."""
+    """Rows a second by COPY and by `store.rows`, each for at least `least_s`; each puts all that it wrote into the index of values."""
     connection = await asyncpg.connect(url)
     await connection.set_type_codec("jsonb", schema="pg_catalog", format="binary", encoder=lambda raw: b"\x01" + raw, decoder=bytes)
     spent = {"COPY": 0.0, "rows": 0.0}
@@ -158,6 +158,9 @@ async def write_in_turns(url: str, numbers: Iterator[int], least_s: float) -> di
                             await rows.append(db, events)
                     spent[how] += time.perf_counter() - started
                     n[how] += BATCH
+                started = time.perf_counter()
+                await connection.execute("SELECT store.empty_pending_lists()")
+                spent[how] += time.perf_counter() - started
     await connection.close()
     rates = {how: n[how] / seconds for how, seconds in spent.items()}
     print(f"written in turns, {spent['COPY']:.0f} s and {spent['rows']:.0f} s: raw COPY {rates['COPY']:,.0f} rows/s, ", end="")
@@ -193,6 +196,10 @@ async def announced(kafka: str) -> int:
         return sum((await consumer.end_offsets(consumer.assignment())).values())
     finally:
         await consumer.stop()
+
+
+async def stored(connection: asyncpg.Connection) -> int:
+    return int(await connection.fetchval("SELECT count(*) FROM store.feature_rows"))
 
 
 async def pending_pages(connection: asyncpg.Connection) -> int:
@@ -292,12 +299,13 @@ async def measure(folder: Path, seconds: float, turns_s: float, stack: ExitStack
         "INGEST_PORT": str(first + 3),
     }
     publisher, numbers = Publisher(kafka.bootstrap), count()
-    owner = await asyncpg.connect(cluster.url(SUPERUSER).rpartition("/")[0] + "/mojomesh")
+    owner = await asyncpg.connect(cluster.url(SUPERUSER))
     await owner.execute("SET enable_seqscan = off")
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     try:
         await write_in_turns(cluster.url(SERVICE), numbers, turns_s)
+        n_before = await stored(owner)
         n_waiting = int(seconds * GOAL_RATE * 5 / 3)
         await declare(publisher)
         started = time.perf_counter()
@@ -312,7 +320,7 @@ async def measure(folder: Path, seconds: float, turns_s: float, stack: ExitStack
         rate = await sustain(Mesh(url, publisher, numbers, admin, owner, ingest, spent), seconds, n_waiting)
         ingest.stop()
         n_announced, n_handled = await announced(kafka.bootstrap), await handled(admin)
-        print(f"{n_announced:,} announced, {n_handled:,} committed")
+        print(f"{await stored(owner) - n_before:,} stored, {n_announced:,} announced, {n_handled:,} committed")
         rates = await write_in_turns(cluster.url(SERVICE), numbers, turns_s)
         print(f"the whole path from Kafka: {rate / rates['COPY']:.2f} x COPY, beside Kafka on the same cores")
     finally:

@@ -313,7 +313,7 @@ async def measure(folder: Path, seconds: float, turns_s: float, stack: ExitStack
         print(f"{n_waiting:,} events put into Kafka, {n_waiting / (time.perf_counter() - started):,.0f}/s by one client", flush=True)
         ingest = start(Command("ingest", [sys.executable, "-m", "mojomesh_ingest"], folder / "ingest.log", env=env))
         stack.callback(ingest.stop)
-        while await handled(admin) < BATCH:
+        while await handled(admin) < BATCH or not ports.answers(first + 3):  # it works before it opens its door
             await asyncio.sleep(0.02)
         spent = Spent({name: each.pid for name, each in {**servers, "ingest": ingest}.items()})
         url = f"http://127.0.0.1:{env['INGEST_PORT']}"

@@ -23,11 +23,11 @@ import numpy as np
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.store.ingest import FEATURES, cpu_seconds, make_event
+from bench.store.ingest import Spent, declare, make_event
 from mojomesh_chassis.publishing import EncodedEvent, Publisher
 from mojomesh_chassis.serving import settle_memory
 from mojomesh_chassis.topics import ensure_topics
-from mojomesh_contracts.events import DefinitionApplied, EventReceived, FeaturesWritten
+from mojomesh_contracts.events import EventReceived, FeaturesWritten
 from mojomesh_local import ports
 from mojomesh_local.kafka import Kafka
 from mojomesh_local.migrating import migrate_tables
@@ -152,9 +152,8 @@ async def measure(folder: Path, seconds: float, stack: AsyncExitStack) -> None:
     await migrate_tables([cluster.url(OWNER)])
     publisher = Publisher(kafka.bootstrap)
     stack.push_async_callback(publisher.close)
-    document = {"kind": "FeatureSet", "name": "flights", "entity": "flight_id", "features": FEATURES}
     known = [make_event(-1).model_copy(update={"entity_id": f"known-{number}"}) for number in range(KNOWN)]
-    await publisher.publish([DefinitionApplied(event_id=UUID(int=1), definition_id="FeatureSet/flights", version=1, definition=document)])
+    await declare(publisher)
     await publisher.publish([event.model_copy(update={"event_id": UUID(int=n)}) for n, event in enumerate(known)])
     env = {
         "MOJOMESH_KAFKA": kafka.bootstrap,
@@ -179,11 +178,11 @@ async def measure(folder: Path, seconds: float, stack: AsyncExitStack) -> None:
     settle_memory()
     sought = Sought()
     started, own_started = time.perf_counter(), time.process_time()
-    spent: dict[str, float] = {}
+    cpu = Spent(processes)
+    cpu.read()
     looking = asyncio.create_task(look(http, sought, started + WARM_UP_S))
-    with cpu_seconds(processes, spent):
-        acknowledged = await publish(publisher, events, sampled, sought, started)
-    spent["this client"] = time.process_time() - own_started
+    acknowledged = await publish(publisher, events, sampled, sought, started)
+    spent = cpu.read() | {"this client": time.process_time() - own_started}
     while sought.outstanding and not looking.done():
         await asyncio.sleep(POLL_S)
     looking.cancel()

@@ -80,7 +80,10 @@ async def unsealed(db: AsyncSession, feature_set: str, follows: datetime | None,
     """The rows created in (follows, watermark], and where to cut so that a segment has little more than `most`; None if there are none."""
     asked = {"feature_set": feature_set, "follows": follows, "watermark": watermark, "most": most}
     found = (await db.execute(_UNSEALED, asked)).one_or_none()
-    return None if found is None else Unsealed(*found[:3], checksum=found[3:])
+    if found is None:
+        return None
+    n_rows, oldest, until, *checksum = found
+    return Unsealed(n_rows, oldest, until, tuple(checksum))
 
 
 async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None, until: datetime) -> tuple[int, int]:

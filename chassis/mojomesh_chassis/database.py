@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
 
+import orjson
 from alembic import command, context
 from alembic.config import Config
 from asyncpg import InterfaceError, PostgresError
@@ -69,7 +70,13 @@ class Database:
 @asynccontextmanager
 async def open_database(url: str, pool_size: int = APPLICATION_POOL) -> AsyncIterator[Database]:
     """Open the database at `postgresql://…`; its connections are checked before use and closed at the end."""
-    engine = create_async_engine(_async_url(url), pool_pre_ping=True, pool_size=pool_size, max_overflow=0)
+    engine = create_async_engine(
+        _async_url(url),
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=0,
+        json_deserializer=orjson.loads,  # the standard one makes integers of large floats, which nobody can write as JSON again
+    )
     try:
         yield Database(engine)
     finally:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +34,7 @@ LAYOUT = 1  # of keys and values; a change of either takes another number
 ROWS_KEPT = 8
 ENTRY_TTL_MS = 10 * 60 * 1000
 EMPTY_TTL_MS = 30 * 1000  # of an entity without rows: anybody may ask for any name
-UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load: must outlive every load that may have missed them
-LONGEST_LOAD_MS = 5 * 1000
+UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load; a load that takes longer is not kept
 BETA = 1.0  # of XFetch: above 1 refreshes earlier
 KEYS_A_CALL = 100  # a script holds up everybody else
 GENERATION = f"mojomesh:online:{LAYOUT}:generation"
@@ -42,10 +42,15 @@ GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
 _NEVER = b"0"
+_WRITTEN = ("", "", 0, 0, 0)  # in place of what a load knows
+_SHORTEST_EXPONENT = 1e16  # from here on a float's JSON has an exponent, and JSONB gives back an integer
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Entity = tuple[str, str]
 """Feature set and entity_id."""
+
+Lease = dict[Entity, bytes]
+"""How Redis knew each entity when its load began."""
 
 
 def microseconds(time: datetime) -> int:
@@ -66,12 +71,12 @@ class OnlineRow(NamedTuple):
     created_us: int
     seq: int
     reported_us: int
-    vector: bytes  # `values` as JSON
+    vector: bytes  # `values` as JSON, as PostgreSQL gives them back
 
     @classmethod
     def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
         times = (microseconds(row.event_time), microseconds(row.created_at), row.seq, microseconds(row.reported_at))
-        return cls(*times, orjson.dumps(row.values))
+        return cls(*times, orjson.dumps(row.values if isinstance(row, FeatureRow) else _as_stored(row.values)))
 
     @property
     def values(self) -> dict[str, FeatureValue]:
@@ -170,42 +175,50 @@ class OnlineStore:
     def __post_init__(self) -> None:
         self._merge = self.redis.register_script((Path(__file__).parent / "online.lua").read_text())
 
-    async def windows(self, entities: Sequence[Entity]) -> tuple[str | None, list[Window | None]]:
-        """What Redis knows of each entity, in one round trip, and the generation to `keep` what had to be loaded under.
+    async def windows(self, entities: Sequence[Entity]) -> list[Window | None]:
+        """What Redis knows of each entity, in one round trip.
 
         None is a miss: nothing there, somebody else's or a damaged value, no answer, or XFetch's turn to load anew.
         """
         nothing: list[Window | None] = [None] * len(entities)
         if self._missed_writes:
-            return None, nothing
+            return nothing
         try:
             found = await self._asking(self.redis.mget([GENERATION, *(_key(entity) for entity in entities)]))
-            if not isinstance(found, list) or len(found) != len(entities) + 1 or not isinstance(found[0], bytes | None):
-                log.warning("redis_answered_something_else")
-                return None, nothing
-            generation = None if found[0] is None else found[0].decode("ascii", "replace")
-            if generation is None:
-                await self._asking(self.redis.set(GENERATION, str(uuid4()), nx=True))
-                return None, nothing
         except Unanswered:
             _READS.labels("unanswered").inc(len(entities))
-            return None, nothing
+            return nothing
+        if not isinstance(found, list) or len(found) != len(entities) + 1:
+            log.warning("redis_answered_something_else")
+            return nothing
         if self._missed_writes:  # meanwhile
-            return None, nothing
+            return nothing
+        generation = found[0]
         windows = [self._read(entity, generation, value) for entity, value in zip(entities, found[1:], strict=True)]
         hits = sum(window is not None for window in windows)
         _READS.labels("hit").inc(hits)
         _READS.labels("miss").inc(len(windows) - hits)
-        return generation, windows
+        return windows
 
-    async def keep(self, generation: str | None, loaded: Mapping[Entity, Window], load_ms: float) -> None:
-        """Keep what was loaded for those who ask next; without an answer from Redis it is not kept."""
-        if generation is None or load_ms > LONGEST_LOAD_MS:
-            return
+    async def lease(self, entities: Sequence[Entity]) -> Lease:
+        """What to `keep` entities under that are loaded from now on: it notices if a write is not merged into what is loaded.
+
+        A write leaves its row with the entity; if that is evicted before the load is kept, the lease is void.
+        """
+        if self._missed_writes:
+            return {}
+        try:
+            return await self._merging({entity: [*_WRITTEN, 0] for entity in entities})
+        except Unanswered:
+            return {}
+
+    async def keep(self, lease: Lease, loaded: Mapping[Entity, Window], load_ms: float) -> None:
+        """Keep what was loaded under a lease for those who ask next; without an answer from Redis it is not kept."""
         loaded_at = int(self.clock() * 1000)
         parts = {
             entity: [
                 window.complete_from,
+                lease[entity],
                 loaded_at,
                 f"{load_ms:.3f}",
                 ENTRY_TTL_MS if window.rows else EMPTY_TTL_MS,
@@ -213,9 +226,10 @@ class OnlineStore:
                 *(row._line for row in window.rows),
             ]
             for entity, window in loaded.items()
+            if entity in lease
         }
         try:
-            await self._merging(parts, generation)
+            await self._merging(parts)
         except Unanswered as error:
             log.info("rows_not_kept", n=len(loaded), reason=str(error))
 
@@ -228,11 +242,12 @@ class OnlineStore:
         rows: dict[Entity, list[OnlineRow]] = {}
         for entity, row in written:
             rows.setdefault(entity, []).append(row)
-        parts = {entity: ["", 0, 0, 0, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
+        parts = {entity: [*_WRITTEN, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
         try:
             if self._missed_writes:
-                await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
-            await self._merging(parts, "", anyway=True)
+                # Another generation, begun by whoever asks next; a Redis that is full takes no new one, but lets go of this.
+                await self._asking(self.redis.delete(GENERATION), anyway=True)
+            await self._merging(parts, anyway=True)
         except Unanswered as error:
             self._missed_writes = True
             raise TransientError(f"Redis does not take rows, reads go to PostgreSQL: {error}", retry_after_s=0.25) from error
@@ -246,19 +261,23 @@ class OnlineStore:
         """
         try:
             # A load that is on its way must not put back what it found: hence another generation.
-            await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
-            await self._asking(self.redis.delete(*(_key(entity) for entity in entities)), anyway=True)
+            await self._asking(self.redis.delete(GENERATION, *(_key(entity) for entity in entities)), anyway=True)
         except Unanswered as error:
             raise TransientError(f"Redis does not forget: {error}") from error
 
-    async def _merging(self, parts: Mapping[Entity, list[Any]], generation: str, anyway: bool = False) -> None:
+    async def _merging(self, parts: Mapping[Entity, list[Any]], anyway: bool = False) -> Lease:
+        leases: Lease = {}
         entities = iter(parts.items())
         while some := list(islice(entities, KEYS_A_CALL)):
             keys = [GENERATION, *(_key(entity) for entity, _ in some)]
-            arguments: list[Any] = [ROWS_KEPT, generation, str(uuid4()), UNLOADED_TTL_MS]
+            arguments: list[Any] = [ROWS_KEPT, str(uuid4()), UNLOADED_TTL_MS]
             for entity, part in some:
                 arguments += [_name(entity), *part]
-            await self._asking(self._merge(keys, arguments), anyway)
+            answer = await self._asking(self._merge(keys, arguments), anyway)
+            if not isinstance(answer, list) or len(answer) != len(some):
+                raise Unanswered("Redis answered something else")
+            leases.update((entity, lease) for (entity, _), lease in zip(some, answer, strict=True))
+        return leases
 
     async def _asking(self, command: Any, anyway: bool = False) -> Any:
         """A command's answer, through the breaker; `anyway` asks even if it is open (writes must get through in the end)."""
@@ -274,7 +293,7 @@ class OnlineStore:
         self.breaker.succeeded()
         return answer
 
-    def _read(self, entity: Entity, generation: str, value: object) -> Window | None:
+    def _read(self, entity: Entity, generation: object, value: object) -> Window | None:
         if not isinstance(value, bytes):
             return None
         digest, _, body = value.partition(b"\n")
@@ -292,7 +311,7 @@ class OnlineStore:
         if name != _name(entity):
             log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
             return None
-        if old or loaded_at == _NEVER or its_generation.decode("utf-8", "replace") != generation:
+        if old or loaded_at == _NEVER or its_generation != generation:
             return None
         return window
 
@@ -303,6 +322,19 @@ class OnlineStore:
             Vattani, Chierichetti, Lowenstein (2015), Optimal Probabilistic Cache Stampede Prevention, VLDB 8(8), algorithm XFetch.
         """
         return self.clock() * 1000 - load_ms * BETA * math.log(self.chance()) >= loaded_at_ms + ENTRY_TTL_MS
+
+
+def _as_stored(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:
+    """Values as they come back from JSONB, byte by byte: keys in its order, no negative zero, no exponents."""
+    names = sorted(values, key=lambda name: (len(name.encode()), name.encode()))
+    return {name: _number_as_stored(value) if isinstance(value, float) else value for name in names for value in (values[name],)}
+
+
+def _number_as_stored(value: float) -> float:
+    if abs(value) < _SHORTEST_EXPONENT:
+        return value + 0.0
+    digits: float = orjson.loads(format(Decimal(repr(value)), "f"))
+    return digits
 
 
 def _key(entity: Entity) -> str:

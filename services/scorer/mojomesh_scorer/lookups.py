@@ -128,7 +128,7 @@ class FeatureLookup:
 
     async def _rows_at(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
         entities = list(dict.fromkeys(entity for entity, _ in asked))
-        _, windows = await self._online.windows(entities)
+        windows = await self._online.windows(entities)
         known = dict(zip(entities, windows, strict=True))
         return {(entity, at): window.at(at) for entity, at in asked if (window := known[entity]) is not None and window.covers(at)}
 

@@ -85,10 +85,11 @@ class Serving:
     name: str
     port: int
     pid: int
+    path: str = INFER
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}{INFER}"
+        return f"http://127.0.0.1:{self.port}{self.path}"
 
     def family(self) -> list[psutil.Process]:
         """Its processes, however many."""

@@ -163,7 +163,7 @@ async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right
     rows = [make_row(*key, values=b"%d" % n) for n, key in enumerate(keys)]
     stored: list[OnlineRow] = []  # as PostgreSQL would have it
     merged: set[OnlineRow] = set()
-    loads: list[tuple[str | None, Window]] = []
+    loads: list[tuple[bytes | None, Window]] = []
     for step, n in steps:
         if step == "write" and len(stored) < len(rows):
             stored.append(rows[len(stored)])
@@ -330,6 +330,6 @@ async def test_without_redis_reading_and_keeping_go_on(redis: Redis) -> None:
         online = OnlineStore(nowhere)
 
         assert await online.windows([FLIGHT]) == (None, [None])
-        await online.keep("generation", {FLIGHT: Window((), EVER)}, load_ms=1)
+        await online.keep(b"generation", {FLIGHT: Window((), EVER)}, load_ms=1)
         with pytest.raises(TransientError):
             await online.merge([(FLIGHT, make_row(10))])

@@ -226,7 +226,7 @@ def write_bodies(server: Serving, model: str, n_entities: int, extent: Extent, f
     return requests, bodies
 
 
-def show(what: str, runs: dict[str, list[Measured]], of: int = 1) -> None:
+def show(what: str, runs: dict[str, list[Measured]]) -> None:
     """A line a server, and the ratios."""
     medians = {}
     for name, found in runs.items():
@@ -235,12 +235,12 @@ def show(what: str, runs: dict[str, list[Measured]], of: int = 1) -> None:
         )
         medians[name] = rate, p99
         print(
-            f"{what:28}{name:10}{rate:>10,.0f} requests/s   p50 {p50:7.2f}   p99 {p99:7.2f} ms   {cpu:8.1f} us of CPU"
+            f"{what:38}{name:10}{rate:>10,.0f} requests/s   p50 {p50:7.2f}   p99 {p99:7.2f} ms   {cpu:8.1f} us of CPU"
             f"   {sum(run.errors for run in found)} failed   ({', '.join(f'{run.requests_per_s:,.0f}' for run in found)})",
             flush=True,
         )
     (rate, p99), (peer_rate, peer_p99) = medians["mojomesh"], medians["feast"]
-    print(f"{'':28}{rate / peer_rate:.1f} x the requests/s of Feast, {p99 / peer_p99:.3f} x its p99\n", flush=True)
+    print(f"{'':38}{rate / peer_rate:.1f} x the requests/s of Feast, {p99 / peer_p99:.3f} x its p99\n", flush=True)
 
 
 def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
@@ -254,13 +254,19 @@ def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
             show(f"{model}, {connections} connections", runs)
         runs = {server.name: [open_loop(server, files[server][1], RATE, extent.seconds)] for server in servers}
         show(f"{model}, {RATE:,} requests/s", runs)
+    for n_entities in (1, 10, 100, 1_000):
+        runs = {}
+        for server in servers:
+            requests, _ = write_bodies(server, "same", n_entities, extent, folder)
+            runs[server.name] = [closed_loop(server, requests, 4, extent.seconds)]
+        show(f"same, {n_entities:,} entities, 4 connections", runs)
 
 
 def main(quick: bool) -> None:
     """Measure, with `quick` one short round."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     require_tools()
-    extent = Extent(1_000, 1, 4) if quick else Extent(5_000, 3, 10)
+    extent = Extent(1_000, 1, 3) if quick else Extent(4_000, 3, 8)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         first = ports.choose(4)

@@ -36,7 +36,7 @@ ENTRY_TTL_MS = 10 * 60 * 1000
 EMPTY_TTL_MS = 30 * 1000  # of an entity without rows: anybody may ask for any name
 UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load: must outlive every load that may have missed them
 LONGEST_LOAD_MS = 5 * 1000
-BETA = 1.0  # of XFetch: above 1 refreshes earlier
+BETA = 2.0  # of XFetch: above 1 refreshes earlier; half of it if dice are thrown on the short way and again on the long one
 MOST_SEEN = 10_000  # entities whose values are remembered, of some kilobytes each
 KEYS_A_CALL = 100  # a script holds up everybody else
 GENERATION = f"mojomesh:online:{LAYOUT}:generation"
@@ -73,6 +73,9 @@ class _Row(NamedTuple):
 
 class OnlineRow(_Row):
     """A feature row as the online store keeps it, in the order that decides which one wins; times in microseconds since 1970."""
+
+    key_json: bytes | None = None
+    """Its key, once it has been written: a row that Redis keeps is read again and again."""
 
     @classmethod
     def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
@@ -144,6 +147,11 @@ class _Kept:
                 return row
         return None
 
+    def whole(self) -> Window:
+        """All of it; raises ValueError if lines are not rows."""
+        self._rows += [_row(line) for line in self.lines[len(self._rows) :]]
+        return Window(tuple(self._rows), self.complete_from)
+
 
 class Unanswered(Exception):
     """Redis did not answer, or is not asked for a while because it did not."""
@@ -194,6 +202,7 @@ class OnlineStore:
     chance: Callable[[], float] = lambda: 1.0 - random.random()
     # Values that were read before, and proved to be what they should be: equal ones need not prove it again.
     _seen: dict[Entity, _Kept] = field(default_factory=dict)
+    _generation: bytes | None = None  # of what was seen
     # Writes that Redis did not take: until they are repeated, whole entries may lack them, so none is believed.
     _missed_writes: bool = False
 
@@ -243,6 +252,9 @@ class OnlineStore:
             if not isinstance(found, list) or len(found) != len(entities) + 1 or not isinstance(found[0], bytes | None):
                 log.warning("redis_answered_something_else")
                 return None, []
+            if found[0] != self._generation:
+                self._generation = found[0]
+                self._seen.clear()  # nothing of whom was forgotten stays
             if found[0] is None:
                 await self._asking(self.redis.set(GENERATION, str(uuid4()), nx=True))
         except Unanswered:
@@ -329,7 +341,7 @@ class OnlineStore:
     def _window(self, entity: Entity, generation: bytes, value: object) -> Window | None:
         kept = self._believed(entity, generation, value)
         try:
-            return None if kept is None else Window(tuple(_row(line) for line in kept.lines), kept.complete_from)
+            return None if kept is None else kept.whole()
         except ValueError:
             _warn_of_layout(entity)
             return None

@@ -1,13 +1,12 @@
 """What is found, as the JSON of an answer."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import orjson
 
 from mojomesh_chassis.errors import TransientError
-from mojomesh_store.online import MOST_SEEN, AsOf, Entity, OnlineRow, moment
+from mojomesh_store.online import AsOf, Entity, OnlineRow, moment
 from mojomesh_store.vectors import Vector
 
 
@@ -37,9 +36,10 @@ def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
     return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
 
 
-@lru_cache(maxsize=MOST_SEEN)  # a row that is used again comes from the same value of Redis
 def _used(entity: Entity, row: OnlineRow) -> orjson.Fragment:
-    return orjson.Fragment(orjson.dumps(_key(entity, row)))
+    if row.key_json is None:
+        row.key_json = orjson.dumps(_key(entity, row))
+    return orjson.Fragment(row.key_json)
 
 
 def _vector(spine: str, entity_id: str, at: int, vector: Vector | TransientError | None) -> dict[str, Any]:

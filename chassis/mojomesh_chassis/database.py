@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
 
+import orjson
 from alembic import command, context
 from alembic.config import Config
 from asyncpg import InterfaceError, PostgresError
@@ -68,7 +69,8 @@ class Database:
 @asynccontextmanager
 async def open_database(url: str, pool_size: int = APPLICATION_POOL) -> AsyncIterator[Database]:
     """Open the database at `postgresql://…`; its connections are checked before use and closed at the end."""
-    engine = create_async_engine(_async_url(url), pool_pre_ping=True, pool_size=pool_size, max_overflow=0)
+    # PostgreSQL writes 1e300 as an integer of 301 digits, which Python's json would make an int that orjson could not write again.
+    engine = create_async_engine(_async_url(url), pool_pre_ping=True, pool_size=pool_size, max_overflow=0, json_deserializer=orjson.loads)
     try:
         yield Database(engine)
     finally:

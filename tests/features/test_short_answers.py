@@ -132,7 +132,7 @@ async def doors(
     events += [
         make_event("flights", "F2", NOON + timedelta(hours=4), corrected),
         make_event("weather", "EWR", NOON + timedelta(hours=4), {"temp": 20.5}),
-        make_event("weather", "JFK", NOON - timedelta(days=1), {"temp": 1.5e10}),
+        make_event("weather", "JFK", NOON - timedelta(days=1), {"temp": 1e300}),
         make_event("crews", "F1", NOON, {"size": 3}),
         make_event("trips", "F1", NOON, {"distance": 7, "place": "here"}),
     ]

@@ -135,21 +135,26 @@ class _Kept:
     complete_from: int
     loaded_at_ms: int  # 0: never
     load_ms: float
-    lines: list[bytes]
+    _next: int  # where the lines begin that were not read yet
     _rows: list[OnlineRow] = field(default_factory=list)
 
     def at(self, event_us: int) -> OnlineRow | None:
         """As `Window.at`; raises ValueError if that far lines are not rows."""
-        for n, line in enumerate(self.lines):
-            if n == len(self._rows):
-                self._rows.append(_row(line))
-            if (row := self._rows[n]).event_us <= event_us:
+        for row in self._rows:
+            if row.event_us <= event_us:
+                return row
+        while self._next < len(self.value):
+            end = self.value.index(b"\n", self._next)
+            row = _row(self.value[self._next : end])
+            self._rows.append(row)
+            self._next = end + 1
+            if row.event_us <= event_us:
                 return row
         return None
 
     def whole(self) -> Window:
         """All of it; raises ValueError if lines are not rows."""
-        self._rows += [_row(line) for line in self.lines[len(self._rows) :]]
+        self.at(EVER - 1)
         return Window(tuple(self._rows), self.complete_from)
 
 
@@ -380,8 +385,9 @@ def _proved(entity: Entity, value: bytes) -> _Kept | None:
         log.warning("online_value_damaged", feature_set=entity[0], entity_id=entity[1])
         return None
     try:
-        head, *lines, _ = body.split(b"\n")
+        head = body[: body.index(b"\n")]
         name, generation, complete_from, loaded_at, load_ms = head.split(b"\t")
+        lines = len(value) - len(body) + len(head) + 1
         kept = _Kept(value, generation, int(complete_from), int(loaded_at), float(load_ms), lines)
     except ValueError:
         _warn_of_layout(entity)

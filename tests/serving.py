@@ -39,7 +39,9 @@ def app_with(router: APIRouter, state: Mapping[str, Any]) -> FastAPI:
 @asynccontextmanager
 async def serving(app: FastAPI, **options: Any) -> AsyncIterator[Serving]:
     """Serve, with a fast lane, until this is left; then what is in flight has been finished."""
-    server = Serving(uvicorn.Config(app, port=0, http=FastLane, access_log=False, log_level="warning", **options))
+    server = Serving(
+        uvicorn.Config(app, port=0, http=FastLane, access_log=False, log_level="warning", timeout_graceful_shutdown=10, **options)
+    )
     task = asyncio.create_task(server.serve())
     while not server.started:
         assert not task.done()

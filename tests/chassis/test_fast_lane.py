@@ -62,7 +62,7 @@ async def connected(server: Serving) -> AsyncIterator[tuple[StreamReader, Stream
     try:
         yield reader, writer
     finally:
-        writer.close()
+        writer.transport.abort()  # whatever is still to be sent
 
 
 def request_of(path: str, body: bytes, head: str = "") -> bytes:

@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
@@ -46,12 +45,11 @@ MAX_REQUEST_BYTES = 8 * 2**20  # above every topic's max_bytes: Kafka decides wh
 _BROKEN_FOR_GOOD = (OutOfOrderSequenceNumber, UnknownProducerId, InvalidProducerEpoch, ProducerFenced)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedEvent:
+class EncodedEvent(NamedTuple):
     """An event that its producer has written as JSON itself, where Pydantic would cost more than all else it does."""
 
     topic: Topic
-    event_id: UUID
+    event_id: UUID | str
     partition_key: str
     value: bytes
     partition: int | None = None

@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
+from typing_extensions import TypedDict  # Pydantic takes no other before Python 3.12
 
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_contracts.formulas import Formula, Kind
@@ -279,7 +280,19 @@ class FeatureSet(Definition):
                 found.append(f"'{name}' {problem}")
         return found
 
-    def problems_of_vectors(self, vectors: dict[str, list[float]]) -> list[str]:
+    @cached_property
+    def is_usual(self) -> Callable[[dict[str, FeatureValue]], bool]:
+        """Whether a vector is in order at a glance, as nearly all are; of one that is not, `problems` and who stores it tell what is wrong.
+
+        No text in it contains a NUL character.
+        """
+        types: dict[Kind, Any] = {"number": float, "category": Annotated[str, Field(pattern="^[^\x00]*$")], "boolean": bool}
+        fields = {name: Annotated[types[of.type], Field(ge=of.min, le=of.max)] | None for name, of in self.features.items()}
+        usual = TypedDict("usual", fields, total=False)  # type: ignore[misc]
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        return TypeAdapter(with_config(config)(usual)).validator.isinstance_python
+
+    def problems_of_vectors(self, vectors: Mapping[str, list[float]]) -> list[str]:
         """What is wrong with the vectors of an event, in words."""
         found = [f"'{name}' is not a vector of '{self.name}'" for name in vectors if name not in self.vectors]
         told = ((name, self.vectors[name].problem(vector)) for name, vector in vectors.items() if name in self.vectors)

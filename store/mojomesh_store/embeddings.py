@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_contracts.definitions import FeatureSet, VectorFeature
-from mojomesh_contracts.events import EventReceived, FeatureValue
+from mojomesh_contracts.events import Arrival, FeatureValue
 from mojomesh_store.rows import RowId, row_id
 from mojomesh_store.tables import FeatureRow
 
@@ -47,7 +47,7 @@ class Near(NamedTuple):
 
 
 async def save(
-    db: AsyncSession, events: Iterable[EventReceived], new: Mapping[RowId, FeatureRow], feature_sets: Mapping[str, FeatureSet]
+    db: AsyncSession, events: Iterable[Arrival], new: Mapping[RowId, FeatureRow], feature_sets: Mapping[str, FeatureSet]
 ) -> None:
     """Keep the vectors of rows that are new in this transaction."""
     arrived: dict[tuple[str, str], dict[RowId, list[float]]] = {}

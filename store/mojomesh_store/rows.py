@@ -1,6 +1,7 @@
 """Writing and reading feature rows. What takes a session needs a transaction (read committed) and never commits it."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
@@ -12,11 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.errors import TransientError
-from mojomesh_contracts.events import EventReceived
+from mojomesh_contracts.events import Arrival, FeatureValue
 from mojomesh_store.tables import FeatureRow, feature_rows
 
 PASSAGE_TIMEOUT_MS = 200  # a waiting exclusive lock holds up new writers for at most this long
 PASSAGE_TRIES = 100
+PENDING_LIMIT_KB = 64 * 1024  # at which a writer empties GIN's list of pending entries itself, since nobody else did
 
 RowId = tuple[str, datetime, UUID]
 """What makes a feature row unique: feature_set, event_time, event_id."""
@@ -26,21 +28,24 @@ def _reading_rows(sql: str) -> TextClause:
     return text(sql.replace("ROW_COLUMNS", ", ".join(f'row."{column.name}"' for column in feature_rows.c)))
 
 
-# Two writers that insert the same keys in opposite orders deadlock: hence ORDER BY.
+# Two writers that insert the same keys in opposite orders deadlock: hence ORDER BY. Mostly all rows are new, and then no list comes back.
 _INSERT = text("""
-    INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
-    SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
-    FROM unnest(
-        CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
-        CAST(:reported_ats AS timestamptz[]), CAST(:seqs AS bigint[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
-    ) AS arrived (feature_set, entity_id, event_time, reported_at, seq, event_id, vector)
-    WHERE NOT EXISTS (
-        SELECT FROM store.retired_events AS gone
-        WHERE (gone.feature_set, gone.event_time, gone.event_id) = (arrived.feature_set, arrived.event_time, arrived.event_id)
+    WITH new AS (
+        INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
+        SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
+        FROM unnest(
+            CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
+            CAST(:reported_ats AS timestamptz[]), CAST(:seqs AS bigint[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
+        ) AS arrived (feature_set, entity_id, event_time, reported_at, seq, event_id, vector)
+        WHERE NOT EXISTS (
+            SELECT FROM store.retired_events AS gone
+            WHERE (gone.feature_set, gone.event_time, gone.event_id) = (arrived.feature_set, arrived.event_time, arrived.event_id)
+        )
+        ORDER BY feature_set, event_time, event_id
+        ON CONFLICT DO NOTHING
+        RETURNING seq
     )
-    ORDER BY feature_set, event_time, event_id
-    ON CONFLICT DO NOTHING
-    RETURNING seq
+    SELECT CASE WHEN count(*) < :n THEN coalesce(array_agg(seq), '{}') END FROM new
 """)
 
 _STORED = _reading_rows("""
@@ -89,11 +94,14 @@ _NEWEST = _reading_rows("""
 
 async def write_time(db: AsyncSession) -> datetime:
     """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
-    await db.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot'))"))
+    await db.execute(
+        text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot')), set_config('gin_pending_list_limit', :limit, true)"),
+        {"limit": str(PENDING_LIMIT_KB)},
+    )
     return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
 
 
-async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[FeatureRow]:
+async def append(db: AsyncSession, events: Sequence[Arrival]) -> list[FeatureRow]:
     """Store each event once; the stored row of every event, in their order, whether it is new or a repeat.
 
     Of events with one (feature_set, event_time, event_id) the first to be stored stays, whatever later ones say. A repeat of one whose row
@@ -102,20 +110,19 @@ async def append(db: AsyncSession, events: Sequence[EventReceived]) -> list[Feat
     return (await append_at(db, events, await write_time(db)))[0]
 
 
-async def append_at(
-    db: AsyncSession, events: Sequence[EventReceived], created_at: datetime
-) -> tuple[list[FeatureRow], dict[RowId, FeatureRow]]:
+async def append_at(db: AsyncSession, events: Sequence[Arrival], created_at: datetime) -> tuple[list[FeatureRow], dict[RowId, FeatureRow]]:
     """`append` at the `write_time` of the transaction; the rows, and those of them that are new."""
-    firsts: dict[RowId, EventReceived] = {}
-    for event in events:
-        firsts.setdefault(row_id(event), event)
+    keys = [row_id(event) for event in events]
+    firsts: dict[RowId, Arrival] = {}
+    for key, event in zip(keys, events, strict=True):
+        firsts.setdefault(key, event)
     new = await _insert(db, firsts, created_at)
     repeats = [key for key in firsts if key not in new]
     stored = new | await _rows_of(db, repeats) if repeats else new
-    return [stored[key] for event in events if (key := row_id(event)) in stored], new
+    return [row for key in keys if (row := stored.get(key))], new
 
 
-async def settled(db: AsyncSession, events: Sequence[EventReceived]) -> set[RowId]:
+async def settled(db: AsyncSession, events: Sequence[Arrival]) -> set[RowId]:
     """Those of the events that are stored, or were and must not be again."""
     feature_sets, event_times, event_ids = (list(column) for column in zip(*map(row_id, events), strict=True))
     asked = {"feature_sets": feature_sets, "event_times": event_times, "event_ids": event_ids}
@@ -170,6 +177,11 @@ async def pass_snapshot(shard: Database, snapshot_time: datetime) -> None:
     raise TransientError("feature rows are being written without a pause; no snapshot could pass, try again")
 
 
+async def empty_pending_lists(db: AsyncSession) -> int:
+    """Put what writers left on GIN's lists of pending entries into the index, how many pages; 0 if somebody else is at it."""
+    return int((await db.execute(text("SELECT store.empty_pending_lists()"))).scalar_one())
+
+
 async def snapshot_clock(db: AsyncSession) -> datetime:
     """The latest time a snapshot may have now: the database's clock, or the floor's next tick where the clock was stepped back."""
     time: datetime = (
@@ -178,13 +190,14 @@ async def snapshot_clock(db: AsyncSession) -> datetime:
     return time
 
 
-async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_at: datetime) -> dict[RowId, FeatureRow]:
+async def _insert(db: AsyncSession, events: dict[RowId, Arrival], created_at: datetime) -> dict[RowId, FeatureRow]:
     """Insert what is new; the new rows."""
     arrived = list(events.values())
     seqs = await _draw_seqs(db, len(arrived))
-    inserted = await db.scalars(
+    inserted = await db.execute(
         _INSERT,
         {
+            "n": len(arrived),
             "created_at": created_at,
             "feature_sets": [event.feature_set for event in arrived],
             "entity_ids": [event.entity_id for event in arrived],
@@ -192,10 +205,10 @@ async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_
             "reported_ats": [event.reported_at for event in arrived],
             "seqs": seqs,
             "event_ids": [event.event_id for event in arrived],
-            "vectors": [orjson.dumps(event.values).decode() for event in arrived],
+            "vectors": [_as_json(event.values) for event in arrived],
         },
     )
-    new = set(inserted.all())
+    new = seqs if (some := inserted.scalar_one()) is None else set(some)
     return {
         key: FeatureRow(
             event.feature_set,
@@ -208,8 +221,15 @@ async def _insert(db: AsyncSession, events: dict[RowId, EventReceived], created_
             event.values,
         )
         for (key, event), seq in zip(events.items(), seqs, strict=True)
-        if seq in new
+        if new is seqs or seq in new
     }
+
+
+def _as_json(values: dict[str, FeatureValue]) -> str:
+    try:
+        return orjson.dumps(values).decode()
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(values)
 
 
 async def _draw_seqs(db: AsyncSession, n: int) -> list[int]:
@@ -226,7 +246,7 @@ async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, Fe
     return {(row.feature_set, row.event_time, row.event_id): row for row in map(FeatureRow._make, found.all())}
 
 
-def row_id(event: EventReceived) -> RowId:
+def row_id(event: Arrival) -> RowId:
     """What the row of an event is known by."""
     return event.feature_set, event.event_time, event.event_id
 

@@ -94,6 +94,33 @@ async def test_events_come_in_the_order_of_their_key_and_batches_are_bounded(set
     assert max(len(call) for call in handled.calls) <= 10
 
 
+async def test_a_batch_is_what_waits_one_event_that_came_alone_or_as_many_as_are_allowed(settings: MeshSettings, records: Any) -> None:
+    handled = Handled()
+    busy = asyncio.Event()
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        handled.note(batch)
+        await busy.wait()
+        return []
+
+    async with running(settings, router_of(on_events, batch=500)) as publisher:
+        await publisher.publish(make_events(1))
+        while not handled.calls:
+            await asyncio.sleep(0.01)
+        await publisher.publish(make_events(1_200))
+        busy.set()
+        await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+        for _ in range(3):
+            await publisher.publish(make_events(1))
+            await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+
+    sizes = [len(call) for call in handled.calls]
+    assert sizes[0] == 1
+    assert max(sizes) == 500
+    assert sizes[-3:] == [1, 1, 1]
+    assert sum(sizes) == 1_204
+
+
 async def test_what_follows_is_published_and_a_restart_goes_on_where_it_was(settings: MeshSettings, records: Any) -> None:
     handled = Handled()
 

@@ -1,5 +1,6 @@
 """Old rows leave PostgreSQL: no snapshot, no read at or after the announced time, and no replay notices."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,10 +12,11 @@ from sqlalchemy import text
 from mojomesh_chassis.database import Database, open_database
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.health import Health
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import EventReceived
 from mojomesh_features.reading import FeatureReader
-from mojomesh_features.retiring import Gone, Retired, maintain
+from mojomesh_features.retiring import Gone, Retired, maintain, retiring
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import retirement
@@ -113,6 +115,16 @@ async def test_partitions_are_made_ahead(feature_store: FeatureStore, owner: Dat
     this_month = next(name for name in found if name.endswith(f"{datetime.now(UTC):%Y%m}"))
     assert len(found) == 1 + 1 + retirement.MONTHS_AHEAD
     assert await count(owner, this_month) == 1
+
+
+async def test_a_service_makes_partitions_and_announces_by_itself(
+    feature_store: FeatureStore, owner: Database, definitions: Definitions
+) -> None:
+    async with retiring(feature_store, definitions, Retired(), KEEP, Health()):
+        while not await count(owner, "store.retired WHERE feature_set = 'flights'"):
+            await asyncio.sleep(0.02)
+
+    assert len(await partitions(owner, "flights")) == 1 + 1 + retirement.MONTHS_AHEAD
 
 
 async def test_retired_rows_are_gone_and_no_snapshot_notices(

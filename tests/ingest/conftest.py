@@ -170,6 +170,10 @@ class Process:
         self._output = log.open("ab")
         self._popen = Popen([sys.executable, *arguments], env={**os.environ, **env}, stdout=self._output, stderr=self._output)
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def wait_for_kill(self) -> None:
         assert self._popen.wait(timeout=120) == -signal.SIGKILL
 
@@ -183,11 +187,11 @@ class Process:
 
 @pytest.fixture
 def start(world: World, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts `python …` with the environment of the world; whatever still runs at the end is stopped."""
+    """Starts `python …` with the environment of the world, and more; whatever still runs at the end is stopped."""
     started: list[Process] = []
 
-    def start_process(*arguments: str) -> Process:
-        process = Process([*arguments], {**world.env, "INGEST_PORT": "0"}, tmp_path / "process.log")
+    def start_process(*arguments: str, **env: str) -> Process:
+        process = Process([*arguments], {**world.env, "INGEST_PORT": "0", **env}, tmp_path / "process.log")
         started.append(process)
         return process
 

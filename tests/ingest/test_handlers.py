@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import open_database
 from mojomesh_contracts.events import EventReceived
+from mojomesh_store import rows
 from mojomesh_store.shards import open_feature_store
 
 RECEIVED = EventReceived.topic.name
@@ -185,3 +186,14 @@ async def test_entities_are_spread_over_shards(world: Any, new_postgres: Any) ->
         counts = [await world.count(shard) for shard in store.shards]
     assert sum(counts) == 100
     assert all(counts)
+
+
+async def test_pending_entries_do_not_wait_for_a_writer(world: Any, postgres: Any) -> None:
+    async with open_feature_store([postgres.url]) as store, store.shards[0].begin() as db:
+        await rows.append(db, world.make_events(100))
+
+    async with world.serving(postgres.url):
+        await asyncio.sleep(0.5)
+
+    async with open_feature_store([postgres.url]) as store, store.shards[0].begin() as db:
+        assert await rows.empty_pending_lists(db) == 0

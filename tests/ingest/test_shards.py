@@ -21,7 +21,7 @@ from mojomesh_chassis.definitions import Definitions, subscribe_definitions
 from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.publishing import open_publisher
-from mojomesh_contracts.events import Event, EventParked, EventReceived
+from mojomesh_contracts.events import Arrival, Event, EventParked, EventReceived
 from mojomesh_ingest import handlers
 from mojomesh_ingest.parking import Parking
 from mojomesh_local import ports
@@ -180,7 +180,7 @@ async def test_a_shard_that_is_away_holds_up_only_its_own_entities(
 
 
 class LosesWhatIsParked(Parking):
-    def park(self, shard: Shard, events: Sequence[EventReceived], error: BaseException | None) -> list[EventParked]:
+    def park(self, shard: Shard, events: Sequence[Arrival], error: BaseException | None) -> list[EventParked]:
         return []
 
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mojomesh_contracts.events import ScoreRequested
-from mojomesh_scorer.identity import derived_id
+from mojomesh_contracts.events import ScoreRequested, derived_id
 from mojomesh_scorer.worker_handlers import read_request
 
 ID = "0b0e51a0-5a44-4b5c-8d5e-3c2f5d5a7a11"

@@ -194,6 +194,15 @@ async def test_a_question_of_containment_uses_the_gin_index(shard: Database, own
     assert await index_used_for_containment(owner) == set()
 
 
+async def test_entries_that_writers_left_pending_are_put_into_the_index_once(shard: Database) -> None:
+    await append(shard, *(make_event(str(n), distance=n) for n in range(100)))
+
+    async with shard.begin() as db:
+        assert await rows.empty_pending_lists(db) > 0
+    async with shard.begin() as db:
+        assert await rows.empty_pending_lists(db) == 0
+
+
 # The snapshot's promise: the rows with created_at <= snapshot_time are the same for ever.
 
 

@@ -13,6 +13,7 @@ from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.outbox import relaying
 from mojomesh_chassis.publishing import open_publisher
 from mojomesh_ingest import handlers, routes
+from mojomesh_ingest.emptying import emptying
 from mojomesh_ingest.parking import Parking
 from mojomesh_ingest.quarantine import OUTBOX
 from mojomesh_ingest.settings import Settings
@@ -29,6 +30,7 @@ def build(settings: Settings) -> FastAPI:
             definitions = Definitions()
             feature_store = await stack.enter_async_context(open_feature_store(settings.postgres_urls))
             health.add("postgres", feature_store.ping)
+            await stack.enter_async_context(emptying(feature_store, health))
             publisher = await stack.enter_async_context(open_publisher(settings))
             database = feature_store.shards[0]  # holds the services' own tables too
             relay = await stack.enter_async_context(relaying(database, OUTBOX, publisher, health))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from prometheus_client import Counter
 
 from mojomesh_contracts.definitions import FeatureSet, Quality
-from mojomesh_contracts.events import EventReceived
+from mojomesh_contracts.events import Arrival
 from mojomesh_ingest import quarantine
 from mojomesh_store import embeddings, rows, tallies
 from mojomesh_store.rows import RowId, row_id
@@ -18,17 +18,19 @@ _HELD = Counter("mojomesh_events_held_total", "Events that went to quarantine", 
 Problems = dict[RowId, dict[str, str]]
 
 
-def problems_of(events: Sequence[EventReceived], feature_sets: Mapping[str, FeatureSet]) -> Problems:
+def problems_of(events: Sequence[Arrival], feature_sets: Mapping[str, FeatureSet]) -> Problems:
     """What is not as expected of events, by feature; of those where something is."""
     found = ((row_id(event), quality.problems(event.values)) for event in events if (quality := feature_sets[event.feature_set].quality))
     return {key: problems for key, problems in found if problems}
 
 
 async def hold_back(
-    events: Sequence[EventReceived], problems: Problems, feature_sets: Mapping[str, FeatureSet], feature_store: FeatureStore
+    events: Sequence[Arrival], problems: Problems, feature_sets: Mapping[str, FeatureSet], feature_store: FeatureStore
 ) -> set[RowId]:
     """Put into quarantine what is to be held back, unless it was let go or is stored already; those that are not to be stored now."""
-    bad: dict[RowId, tuple[EventReceived, dict[str, str]]] = {}
+    if not problems:
+        return set()
+    bad: dict[RowId, tuple[Arrival, dict[str, str]]] = {}
     for event in events:
         key = row_id(event)
         quality = feature_sets[event.feature_set].quality
@@ -53,7 +55,7 @@ async def hold_back(
     return set(bad)
 
 
-async def _settled(events: Sequence[EventReceived], feature_store: FeatureStore) -> set[RowId]:
+async def _settled(events: Sequence[Arrival], feature_store: FeatureStore) -> set[RowId]:
     found: set[RowId] = set()
     for shard, part in feature_store.split(events):
         async with shard.begin() as db:
@@ -64,7 +66,7 @@ async def _settled(events: Sequence[EventReceived], feature_store: FeatureStore)
 async def append(
     feature_store: FeatureStore,
     shard: Shard,
-    events: Sequence[EventReceived],
+    events: Sequence[Arrival],
     problems: Problems,
     feature_sets: Mapping[str, FeatureSet],
 ) -> list[FeatureRow]:

@@ -9,7 +9,8 @@ from prometheus_client import Counter
 from mojomesh_chassis.consuming import Follower
 from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.telemetry import log
-from mojomesh_contracts.events import EventParked, EventReceived
+from mojomesh_contracts.events import Arrival, EventParked
+from mojomesh_ingest.reading import event_of
 from mojomesh_store.shards import Shard
 
 _PARKED = Counter("mojomesh_events_parked_total", "Events that their shard did not take when they came", ["shard"])
@@ -61,9 +62,10 @@ class Parking(Follower):
         """The partition in which events wait for a shard; a thirteenth shard shares that of the first."""
         return shard.number % EventParked.topic.partitions
 
-    def park(self, shard: Shard, events: Sequence[EventReceived], error: BaseException | None) -> list[EventParked]:
+    def park(self, shard: Shard, events: Sequence[Arrival], error: BaseException | None) -> list[EventParked]:
         """What is to be published so that the events wait for their shard, because of `error` or because others wait already."""
         if error is not None:
             log.warning("shard_away", shard=shard.number, n_parked=len(events), reason=repr(error))
         _PARKED.labels(shard.number).inc(len(events))
-        return [EventParked.model_construct(event_id=event.derive_id("parked"), shard=shard.number, event=event) for event in events]
+        parked = map(event_of, events)
+        return [EventParked.model_construct(event_id=event.derive_id("parked"), shard=shard.number, event=event) for event in parked]

@@ -14,7 +14,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.outbox import outbox_table, save_events
-from mojomesh_contracts.events import Event, EventReceived
+from mojomesh_contracts.events import Arrival, Event, EventReceived
+from mojomesh_ingest.reading import event_of
 from mojomesh_store.rows import RowId
 
 OUTBOX = outbox_table(MetaData(schema="ingest"))
@@ -65,7 +66,7 @@ class Held(NamedTuple):
     held_at: datetime
 
 
-async def hold(db: AsyncSession, events: Mapping[RowId, tuple[EventReceived, dict[str, str]]]) -> set[RowId]:
+async def hold(db: AsyncSession, events: Mapping[RowId, tuple[Arrival, dict[str, str]]]) -> set[RowId]:
     """Keep events with what is wrong with them; those that were not here before."""
     arrived = list(events.values())
     found = await db.execute(
@@ -73,7 +74,7 @@ async def hold(db: AsyncSession, events: Mapping[RowId, tuple[EventReceived, dic
         _columns(events)
         | {
             "entity_ids": [event.entity_id for event, _ in arrived],
-            "events": [event.model_dump_json() for event, _ in arrived],
+            "events": [event_of(event).model_dump_json() for event, _ in arrived],
             "problems": [orjson.dumps(problems).decode() for _, problems in arrived],
         },
     )

@@ -12,9 +12,8 @@ from mojomesh_chassis.consuming import MeshRouter
 from mojomesh_chassis.definitions import subscribe_definitions
 from mojomesh_chassis.errors import PermanentError, Rejected
 from mojomesh_chassis.publishing import EncodedEvent
-from mojomesh_contracts.events import ScoreRequested
+from mojomesh_contracts.events import ScoreRequested, derived_id
 from mojomesh_scorer.errors import RowsRefused
-from mojomesh_scorer.identity import derived_id
 from mojomesh_scorer.receipts import blocks_of
 from mojomesh_scorer.scoring import Row, Scored, Scoring
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.scorer.load import Measured, closed_loop, open_loop, require_tools
-from bench.scorer.servers import CACHE, Serving
+from bench.scorer.servers import CACHE, Serving, install
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_chassis.topics import ensure_topics
 from mojomesh_contracts.definitions import definition_id, parse_definitions
@@ -265,7 +265,8 @@ def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
 def main(quick: bool) -> None:
     """Measure, with `quick` one short round."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    require_tools()
+    require_tools("wrk", "oha")
+    install("feast", PINS)
     extent = Extent(1_000, 1, 3) if quick else Extent(4_000, 3, 8)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, ExitStack() as stack:
         folder = Path(name)

@@ -8,7 +8,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -152,20 +152,32 @@ def kafka_server(server_folder: Path) -> Iterator[str]:
             yield kafka.bootstrap
 
 
+@pytest.fixture(scope="session")
+def fresh_topics(kafka_server: str) -> Callable[[], AbstractAsyncContextManager["Records"]]:
+    """Makes the topics of the mesh, all empty, for as long as the context lasts; `kafka` is that for one test."""
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Records]:
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server)
+        await admin.start()
+        try:
+            await ensure_topics(kafka_server)
+            await _until_topics_are(admin, {topic.name for topic in declared_topics()})
+            yield Records(kafka_server)
+            await _expel_members(admin, kafka_server)
+            await admin.delete_topics([name for name in await admin.list_topics() if not name.startswith("__")])
+            await _until_topics_are(admin, set())
+        finally:
+            await admin.close()
+
+    return make
+
+
 @pytest.fixture
-async def kafka(kafka_server: str) -> AsyncIterator[str]:
+async def kafka(fresh_topics: Callable[[], AbstractAsyncContextManager["Records"]]) -> AsyncIterator[str]:
     """Bootstrap servers of a Kafka with the topics of the mesh, all empty, and no consumer groups with members."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_server)
-    await admin.start()
-    try:
-        await ensure_topics(kafka_server)
-        await _until_topics_are(admin, {topic.name for topic in declared_topics()})
-        yield kafka_server
-        await _expel_members(admin, kafka_server)
-        await admin.delete_topics([name for name in await admin.list_topics() if not name.startswith("__")])
-        await _until_topics_are(admin, set())
-    finally:
-        await admin.close()
+    async with fresh_topics() as records:
+        yield records.bootstrap
 
 
 class Records:

@@ -6,6 +6,7 @@ docs/decisions/0002-consuming.md): explicit offsets, bounded retries with back-o
 
 import asyncio
 import inspect
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 import redis.exceptions as redis
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import ConsumerStoppedError, IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker
 from faststream.kafka.message import KafkaAckableMessage
@@ -39,6 +40,8 @@ _LAG = Gauge("mojomesh_lag_records", "Records in assigned partitions that are no
 
 TRIES = 3  # of a batch that fails by a bug, before its bad record is looked for
 MAX_WAIT_S = 5.0
+AT_ONCE_S = 0.002  # records that come so soon after others had been waiting
+FETCH_MS = 10  # at most, for a fetch of what is there
 OUTAGES = (ConnectionError, TimeoutError, httpx.TransportError, redis.ConnectionError, redis.TimeoutError)
 """What libraries raise when a server does not answer: the event is not to blame, so its partition waits."""
 
@@ -117,6 +120,7 @@ class Consumer:
     kafka: AIOKafkaConsumer | None = None
     _outages: int = 0  # in a row
     _bugs: int = 0  # in a row, whatever outages were between
+    _ended: float = 0.0  # when the last records were done with, by time.monotonic
     _handled: dict[TopicPartition, int] = field(default_factory=dict)
     _apart: "dict[TopicPartition, Consumer]" = field(default_factory=dict)
     _under_way: set["asyncio.Task[None]"] = field(default_factory=set)
@@ -146,6 +150,21 @@ class Consumer:
                 self._outages = self._bugs = 0
                 self._fault("after_publish")
                 await self._commit(records)
+        self._ended = time.monotonic()
+
+    async def with_newer(self, records: Sequence[ConsumerRecord]) -> Sequence[ConsumerRecord]:
+        """Records that waited while others were handled, and what has come since.
+
+        aiokafka fetches no more while it has any that nobody took: these may be a few that came right after the last batch was taken.
+        """
+        room = self.subscription.batch - len(records)
+        if time.monotonic() - self._ended > AT_ONCE_S or room <= 0:
+            return records
+        try:
+            newer = await (await self._assigned()).getmany(timeout_ms=FETCH_MS, max_records=room)
+        except (KafkaError, ConsumerStoppedError):
+            return records  # whoever asks next is told again; these are not to be lost
+        return [*records, *(record for part in newer.values() for record in part)]
 
     def consume_apart(self, records: Sequence[ConsumerRecord]) -> None:
         """Begin to handle the records of each partition for itself; it is paused until they are, so one batch of it is in memory."""
@@ -407,7 +426,7 @@ async def _start(broker: KafkaBroker, consumer: Consumer, settings: MeshSettings
         if subscription.apart:
             consumer.consume_apart(records)
         else:
-            await consumer.consume(records)
+            await consumer.consume(await consumer.with_newer(records))
 
     subscriber(consume)
     await subscriber.start()

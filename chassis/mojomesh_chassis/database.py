@@ -32,6 +32,7 @@ _OUTAGES = {
     "3D000": "the database does not exist; see MOJOMESH_POSTGRES",
     "3F000": "the schema does not exist; run `mojomesh migrate`",
     "42P01": "a table does not exist; run `mojomesh migrate`",
+    "42883": "a function does not exist; run `mojomesh migrate`",
     "42501": "the role lacks a privilege; run `mojomesh migrate` as the owner",
 }
 
@@ -69,8 +70,13 @@ class Database:
 @asynccontextmanager
 async def open_database(url: str, pool_size: int = APPLICATION_POOL) -> AsyncIterator[Database]:
     """Open the database at `postgresql://…`; its connections are checked before use and closed at the end."""
-    # PostgreSQL writes 1e300 as an integer of 301 digits, which Python's json would make an int that orjson could not write again.
-    engine = create_async_engine(_async_url(url), pool_pre_ping=True, pool_size=pool_size, max_overflow=0, json_deserializer=orjson.loads)
+    engine = create_async_engine(
+        _async_url(url),
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=0,
+        json_deserializer=orjson.loads,  # the standard one makes integers of large floats, which nobody can write as JSON again
+    )
     try:
         yield Database(engine)
     finally:

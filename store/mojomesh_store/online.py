@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -34,8 +35,7 @@ LAYOUT = 1  # of keys and values; a change of either takes another number
 ROWS_KEPT = 8
 ENTRY_TTL_MS = 10 * 60 * 1000
 EMPTY_TTL_MS = 30 * 1000  # of an entity without rows: anybody may ask for any name
-UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load: must outlive every load that may have missed them
-LONGEST_LOAD_MS = 5 * 1000
+UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load; a load that takes longer is not kept
 BETA = 2.0  # of XFetch: above 1 refreshes earlier; half of it if dice are thrown on the short way and again on the long one
 MOST_SEEN = 10_000  # entities whose values are remembered, of some kilobytes each
 KEYS_A_CALL = 100  # a script holds up everybody else
@@ -43,6 +43,8 @@ GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
+_WRITTEN = ("", "", 0, 0, 0)  # in place of what a load knows
+_SHORTEST_EXPONENT = 1e16  # from here on a float's JSON has an exponent, and JSONB gives back an integer
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Entity = tuple[str, str]
@@ -50,6 +52,8 @@ Entity = tuple[str, str]
 
 AsOf = tuple[Entity, int]
 """An entity, and the event time in microseconds since 1970 as of which its row is asked for."""
+Lease = dict[Entity, bytes]
+"""How Redis knew each entity when its load began."""
 
 
 def microseconds(time: datetime) -> int:
@@ -68,7 +72,7 @@ class _Row(NamedTuple):
     created_us: int
     seq: int
     reported_us: int
-    vector: bytes  # `values` as JSON
+    vector: bytes  # `values` as JSON, as PostgreSQL gives them back
 
 
 class OnlineRow(_Row):
@@ -80,7 +84,7 @@ class OnlineRow(_Row):
     @classmethod
     def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
         times = (microseconds(row.event_time), microseconds(row.created_at), row.seq, microseconds(row.reported_at))
-        return cls(*times, orjson.dumps(row.values))
+        return cls(*times, orjson.dumps(row.values if isinstance(row, FeatureRow) else _as_stored(row.values)))
 
     @cached_property
     def values(self) -> Mapping[str, FeatureValue]:
@@ -207,24 +211,24 @@ class OnlineStore:
     chance: Callable[[], float] = lambda: 1.0 - random.random()
     # Values that were read before, and proved to be what they should be: equal ones need not prove it again.
     _seen: dict[Entity, _Kept] = field(default_factory=dict)
-    _generation: bytes | None = None  # of what was seen
+    _generation: object = None  # of what was seen
     # Writes that Redis did not take: until they are repeated, whole entries may lack them, so none is believed.
     _missed_writes: bool = False
 
     def __post_init__(self) -> None:
         self._merge = self.redis.register_script((Path(__file__).parent / "online.lua").read_text())
 
-    async def windows(self, entities: Sequence[Entity]) -> tuple[bytes | None, list[Window | None]]:
-        """What Redis knows of each entity, in one round trip, and the generation to `keep` what had to be loaded under.
+    async def windows(self, entities: Sequence[Entity]) -> list[Window | None]:
+        """What Redis knows of each entity, in one round trip.
 
         None is a miss: nothing there, somebody else's or a damaged value, no answer, or XFetch's turn to load anew.
         """
         generation, values = await self._values(entities)
         if generation is None:
-            return None, [None] * len(entities)
+            return [None] * len(entities)
         windows = [self._window(entity, generation, value) for entity, value in zip(entities, values, strict=True)]
         _count(len(windows), sum(window is not None for window in windows))
-        return generation, windows
+        return windows
 
     async def rows_at(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
         """The row of each entity that was true at the event time, if Redis knows for certain; in one round trip.
@@ -248,33 +252,42 @@ class OnlineStore:
         _count(len(asked), len(found))
         return found
 
-    async def _values(self, entities: Sequence[Entity]) -> tuple[bytes | None, list[object]]:
+    async def _values(self, entities: Sequence[Entity]) -> tuple[object, list[object]]:
         """The generation and what Redis has of each entity; no generation, nothing to be believed."""
         if self._missed_writes:
             return None, []
         try:
             found = await self._asking(self.redis.mget([GENERATION, *[_key(entity) for entity in entities]]))
-            if not isinstance(found, list) or len(found) != len(entities) + 1 or not isinstance(found[0], bytes | None):
-                log.warning("redis_answered_something_else")
-                return None, []
-            if found[0] != self._generation:
-                self._generation = found[0]
-                self._seen.clear()  # nothing of whom was forgotten stays
-            if found[0] is None:
-                await self._asking(self.redis.set(GENERATION, str(uuid4()), nx=True))
         except Unanswered:
             _READS.labels("unanswered").inc(len(entities))
             return None, []
+        if not isinstance(found, list) or len(found) != len(entities) + 1:
+            log.warning("redis_answered_something_else")
+            return None, []
+        if found[0] != self._generation:
+            self._generation = found[0]
+            self._seen.clear()  # nothing of whom was forgotten stays
         return None if self._missed_writes else found[0], found[1:]  # which may have been missed meanwhile
 
-    async def keep(self, generation: bytes | None, loaded: Mapping[Entity, Window], load_ms: float) -> None:
-        """Keep what was loaded for those who ask next; without an answer from Redis it is not kept."""
-        if generation is None or load_ms > LONGEST_LOAD_MS:
-            return
+    async def lease(self, entities: Sequence[Entity]) -> Lease:
+        """What to `keep` entities under that are loaded from now on: it notices if a write is not merged into what is loaded.
+
+        A write leaves its row with the entity; if that is evicted before the load is kept, the lease is void.
+        """
+        if self._missed_writes:
+            return {}
+        try:
+            return await self._merging({entity: [*_WRITTEN, 0] for entity in entities})
+        except Unanswered:
+            return {}
+
+    async def keep(self, lease: Lease, loaded: Mapping[Entity, Window], load_ms: float) -> None:
+        """Keep what was loaded under a lease for those who ask next; without an answer from Redis it is not kept."""
         loaded_at = int(self.clock() * 1000)
         parts = {
             entity: [
                 window.complete_from,
+                lease[entity],
                 loaded_at,
                 f"{load_ms:.3f}",
                 ENTRY_TTL_MS if window.rows else EMPTY_TTL_MS,
@@ -282,9 +295,10 @@ class OnlineStore:
                 *(row._line for row in window.rows),
             ]
             for entity, window in loaded.items()
+            if entity in lease
         }
         try:
-            await self._merging(parts, generation)
+            await self._merging(parts)
         except Unanswered as error:
             log.info("rows_not_kept", n=len(loaded), reason=str(error))
 
@@ -297,11 +311,12 @@ class OnlineStore:
         rows: dict[Entity, list[OnlineRow]] = {}
         for entity, row in written:
             rows.setdefault(entity, []).append(row)
-        parts = {entity: ["", 0, 0, 0, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
+        parts = {entity: [*_WRITTEN, len(of_one), *(row._line for row in of_one)] for entity, of_one in rows.items()}
         try:
             if self._missed_writes:
-                await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
-            await self._merging(parts, b"", anyway=True)
+                # Another generation, begun by whoever asks next; a Redis that is full takes no new one, but lets go of this.
+                await self._asking(self.redis.delete(GENERATION), anyway=True)
+            await self._merging(parts, anyway=True)
         except Unanswered as error:
             self._missed_writes = True
             raise TransientError(f"Redis does not take rows, reads go to PostgreSQL: {error}", retry_after_s=0.25) from error
@@ -315,19 +330,23 @@ class OnlineStore:
         """
         try:
             # A load that is on its way must not put back what it found: hence another generation.
-            await self._asking(self.redis.set(GENERATION, str(uuid4())), anyway=True)
-            await self._asking(self.redis.delete(*(_key(entity) for entity in entities)), anyway=True)
+            await self._asking(self.redis.delete(GENERATION, *(_key(entity) for entity in entities)), anyway=True)
         except Unanswered as error:
             raise TransientError(f"Redis does not forget: {error}") from error
 
-    async def _merging(self, parts: Mapping[Entity, list[Any]], generation: bytes, anyway: bool = False) -> None:
+    async def _merging(self, parts: Mapping[Entity, list[Any]], anyway: bool = False) -> Lease:
+        leases: Lease = {}
         entities = iter(parts.items())
         while some := list(islice(entities, KEYS_A_CALL)):
             keys = [GENERATION, *(_key(entity) for entity, _ in some)]
-            arguments: list[Any] = [ROWS_KEPT, generation, str(uuid4()), UNLOADED_TTL_MS]
+            arguments: list[Any] = [ROWS_KEPT, str(uuid4()), UNLOADED_TTL_MS]
             for entity, part in some:
                 arguments += [_name(entity), *part]
-            await self._asking(self._merge(keys, arguments), anyway)
+            answer = await self._asking(self._merge(keys, arguments), anyway)
+            if not isinstance(answer, list) or len(answer) != len(some):
+                raise Unanswered("Redis answered something else")
+            leases.update((entity, lease) for (entity, _), lease in zip(some, answer, strict=True))
+        return leases
 
     async def _asking(self, command: Any, anyway: bool = False) -> Any:
         """A command's answer, through the breaker; `anyway` asks even if it is open (writes must get through in the end)."""
@@ -343,7 +362,7 @@ class OnlineStore:
         self.breaker.succeeded()
         return answer
 
-    def _window(self, entity: Entity, generation: bytes, value: object) -> Window | None:
+    def _window(self, entity: Entity, generation: object, value: object) -> Window | None:
         kept = self._believed(entity, generation, value)
         try:
             return None if kept is None else kept.whole()
@@ -351,7 +370,7 @@ class OnlineStore:
             _warn_of_layout(entity)
             return None
 
-    def _believed(self, entity: Entity, generation: bytes, value: object) -> _Kept | None:
+    def _believed(self, entity: Entity, generation: object, value: object) -> _Kept | None:
         if not isinstance(value, bytes):
             return None
         kept = self._seen.get(entity)
@@ -400,6 +419,19 @@ def _proved(entity: Entity, value: bytes) -> _Kept | None:
 
 def _warn_of_layout(entity: Entity) -> None:
     log.warning("online_value_of_another_layout", feature_set=entity[0], entity_id=entity[1])
+
+
+def _as_stored(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:
+    """Values as they come back from JSONB, byte by byte: keys in its order, no negative zero, no exponents."""
+    names = sorted(values, key=lambda name: (len(name.encode()), name.encode()))
+    return {name: _number_as_stored(value) if isinstance(value, float) else value for name in names for value in (values[name],)}
+
+
+def _number_as_stored(value: float) -> float:
+    if abs(value) < _SHORTEST_EXPONENT:
+        return value + 0.0
+    digits: float = orjson.loads(format(Decimal(repr(value)), "f"))
+    return digits
 
 
 def _key(entity: Entity) -> str:

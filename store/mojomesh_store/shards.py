@@ -71,13 +71,21 @@ class Shard(Database):
                 f"{self._name} is away, and with it the entities it holds, but no others: {str(error) or 'it did not answer in time'}"
             ) from error
 
+    async def answer(self) -> None:
+        """Ask it for nothing.
+
+        Raises:
+            TransientError: It is away.
+        """
+        async with self.begin(PING_S) as db:
+            await db.execute(text("SELECT 1"))
+
     async def is_up(self) -> bool:
         """Whether it answers; told as a metric too."""
         up = False
         with suppress(TransientError):
-            async with self.begin(PING_S) as db:
-                await db.execute(text("SELECT 1"))
-                up = True
+            await self.answer()
+            up = True
         _UP.labels(self.number).set(up)
         return up
 

@@ -121,6 +121,34 @@ async def test_a_batch_is_what_waits_one_event_that_came_alone_or_as_many_as_are
     assert sum(sizes) == 1_204
 
 
+@pytest.mark.parametrize(("at_once_s", "sizes"), [(60.0, [1, 51]), (-1.0, [1, 1, 50])], ids=["", "control"])
+async def test_what_came_while_others_were_handled_is_one_batch(
+    at_once_s: float, sizes: list[int], settings: MeshSettings, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: what aiokafka fetched first is a batch of its own, and all that came after it waits."""
+    monkeypatch.setattr("mojomesh_chassis.consuming.AT_ONCE_S", at_once_s)
+    monkeypatch.setattr("mojomesh_chassis.consuming.FETCH_MS", 5_000)
+    handled = Handled()
+    busy = asyncio.Event()
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        handled.note(batch)
+        await busy.wait()
+        return []
+
+    async with running(settings, router_of(on_events)) as publisher:
+        await publisher.publish(make_events(1))
+        while not handled.calls:
+            await asyncio.sleep(0.01)
+        await publisher.publish(make_events(1))
+        await asyncio.sleep(0.5)  # it is fetched
+        await publisher.publish(make_events(50))
+        busy.set()
+        await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+
+    assert [len(call) for call in handled.calls] == sizes
+
+
 async def test_what_follows_is_published_and_a_restart_goes_on_where_it_was(settings: MeshSettings, records: Any) -> None:
     handled = Handled()
 

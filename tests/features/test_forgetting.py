@@ -233,16 +233,16 @@ async def test_a_load_that_was_on_its_way_is_not_kept(
     history: History, definitions: Definitions, model: Model, reader: FeatureReader, places: Places, online: OnlineStore
 ) -> None:
     await history.make(definitions, model, reader)
-    generation, (window,) = await online.windows([("flights", WHO)])
+    (window,) = await online.windows([("flights", WHO)])
+    lease = await online.lease([("flights", WHO)])
     assert window is not None
 
     await forget_all(places, definitions)
-    await online.keep(generation, {("flights", WHO): window}, 1.0)
+    await online.keep(lease, {("flights", WHO): window}, 1.0)
 
-    assert (await online.windows([("flights", WHO)]))[1] == [None]
-    renewed, _ = await online.windows([("flights", WHO)])
-    await online.keep(renewed, {("flights", WHO): window}, 1.0)
-    assert (await online.windows([("flights", WHO)]))[1] == [window]  # the control: a load of now is
+    assert await online.windows([("flights", WHO)]) == [None]
+    await online.keep(await online.lease([("flights", WHO)]), {("flights", WHO): window}, 1.0)
+    assert await online.windows([("flights", WHO)]) == [window]  # the control: a load of now is
 
 
 async def test_the_service_role_cannot_erase(history: History, feature_store: FeatureStore) -> None:

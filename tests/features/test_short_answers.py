@@ -141,7 +141,6 @@ async def doors(
     reader = FeatureReader(feature_store, online, retired)
     lane = Noting(ShortAnswers(online, definitions, retired))
     await redis.flushdb()
-    await online.windows([("flights", "F1")])  # makes the generation
     kept = [("flights", "F1"), ("flights", "F2"), ("flights", "F3"), ("flights", "nobody"), ("weather", "EWR"), ("weather", "JFK")]
     kept += [("crews", name) for name in ("F1", "F2", "F3", "nobody")] + [("trips", "F1")]
     await reader.windows(kept)

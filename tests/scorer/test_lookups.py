@@ -24,7 +24,7 @@ class Features:
         self.calls: list[list[str]] = []
         self.let = asyncio.Event()
         self.status = 200
-        self.refused = ""
+        self.refused = self.away = ""
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
         rows = [row["entity_id"] for row in json.loads(request.content)["rows"]]
@@ -32,7 +32,8 @@ class Features:
         await self.let.wait()
         if self.status != 200 or self.refused in rows:
             return httpx.Response(self.status if self.status != 200 else 422)
-        return httpx.Response(200, json={"rows": [{"values": {"carrier": entity_id}} for entity_id in rows]})
+        away = {"away": "shard 1 of 3 is away"}
+        return httpx.Response(200, json={"rows": [away if name == self.away else {"values": {"carrier": name}} for name in rows]})
 
     def lookup(self, online: OnlineStore | None = None, definitions: Definitions | None = None) -> FeatureLookup:
         client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
@@ -98,6 +99,26 @@ async def test_a_row_that_is_refused_is_refused_to_its_own_caller_only() -> None
     assert answers[0] == ["a"]
     assert isinstance(answers[1], PermanentError)
     assert answers[2] == ["c"]
+
+
+async def test_an_entity_on_a_shard_that_is_away_is_refused_to_its_own_caller_only_who_may_ask_again() -> None:
+    features = Features()
+    features.away = "gone"
+    lookup = features.lookup()
+    first = asyncio.create_task(ask(lookup, "a"))
+    await until(features, 1)
+    together = asyncio.gather(ask(lookup, "b"), ask(lookup, "gone", "c"), ask(lookup, "d"), return_exceptions=True)
+    await asyncio.sleep(0.01)
+    features.let.set()
+
+    answers = await together
+
+    assert features.calls == [["a"], ["b", "gone", "c", "d"]]
+    assert [await first, answers[0], answers[2]] == [["a"], ["b"], ["d"]]
+    assert isinstance(answers[1], TransientError) and answers[1].status == 503
+    assert "shard 1 of 3 is away" in str(answers[1])
+    with pytest.raises(TransientError, match="shard 1 of 3 is away"):
+        await ask(lookup, "gone", *(f"b{n}" for n in range(FEW_ROWS)))
 
 
 async def test_a_large_block_does_not_wait_for_others() -> None:
@@ -171,10 +192,9 @@ def declared(stale: str = "missing") -> Definitions:
 
 
 async def keep(online: OnlineStore, entity: Entity, event_time: datetime, values: str) -> None:
-    await online.windows([entity])  # makes the generation, the first time
-    generation, _ = await online.windows([entity])
+    lease = await online.lease([entity])
     row = OnlineRow(microseconds(event_time), 100, 1, 100, values.encode())
-    await online.keep(generation, {entity: Window.of([row], ROWS_KEPT)}, 1.0)
+    await online.keep(lease, {entity: Window.of([row], ROWS_KEPT)}, 1.0)
 
 
 async def n_round_trips(online: OnlineStore) -> int:
@@ -211,9 +231,8 @@ async def test_what_redis_does_not_know_for_certain_is_asked_of_the_service(onli
 
 
 async def test_an_entity_without_rows_is_known_to_have_none(online: OnlineStore) -> None:
-    await online.windows([("flights", "nobody")])
-    generation, _ = await online.windows([("flights", "nobody")])
-    await online.keep(generation, {("flights", "nobody"): Window.of([], ROWS_KEPT)}, 1.0)
+    lease = await online.lease([("flights", "nobody")])
+    await online.keep(lease, {("flights", "nobody"): Window.of([], ROWS_KEPT)}, 1.0)
 
     (found,) = await Features().lookup(online, declared()).vectors("flight-delay", [EntityAt("nobody", AT)])
 

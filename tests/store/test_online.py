@@ -18,7 +18,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_local import ports
 from mojomesh_local.processes import Child
 from mojomesh_local.redis import Redis as RedisServer
-from mojomesh_store.online import EVER, GENERATION, ROWS_KEPT, Breaker, Entity, OnlineRow, OnlineStore, Window
+from mojomesh_store.online import EVER, GENERATION, ROWS_KEPT, Breaker, Entity, Lease, OnlineRow, OnlineStore, Window
 
 FLIGHT = ("flights", "UA1545")
 LUA = (Path(online_module.__file__).parent / "online.lua").read_text()
@@ -41,14 +41,13 @@ def online(redis: Redis) -> OnlineStore:
 
 async def load(online: OnlineStore, entity: Entity, rows: list[OnlineRow], load_ms: float = 1.0) -> None:
     """What a reader does that finds `rows` in PostgreSQL."""
-    await online.windows([entity])  # makes the generation, the first time
-    generation, _ = await online.windows([entity])
+    lease = await online.lease([entity])
     newest = sorted(rows, reverse=True)[:ROWS_KEPT]
-    await online.keep(generation, {entity: Window.of(newest, ROWS_KEPT)}, load_ms)
+    await online.keep(lease, {entity: Window.of(newest, ROWS_KEPT)}, load_ms)
 
 
 async def window_of(online: OnlineStore, entity: Entity = FLIGHT) -> Window | None:
-    _, (window,) = await online.windows([entity])
+    (window,) = await online.windows([entity])
     return window
 
 
@@ -82,15 +81,38 @@ async def test_a_row_written_after_the_load_is_read(online: OnlineStore) -> None
 
 
 async def test_a_row_written_during_the_load_is_read(online: OnlineStore) -> None:
-    await window_of(online)
-    generation, _ = await online.windows([FLIGHT])
+    lease = await online.lease([FLIGHT])
     seen_by_the_load = Window.of([make_row(10)], ROWS_KEPT)
 
     await online.merge([(FLIGHT, make_row(20))])
-    await online.keep(generation, {FLIGHT: seen_by_the_load}, load_ms=1)
+    await online.keep(lease, {FLIGHT: seen_by_the_load}, load_ms=1)
 
     window = await window_of(online)
     assert window is not None and window.at(25) == make_row(20)
+
+
+async def evicted_during_a_load(online: OnlineStore, redis: Redis) -> Window | None:
+    lease = await online.lease([FLIGHT])
+    seen_by_the_load = Window.of([make_row(10)], ROWS_KEPT)
+    await online.merge([(FLIGHT, make_row(20))])
+    await redis.delete("mojomesh:online:1:flights:UA1545")
+    await online.merge([(FLIGHT, make_row(15))])
+    await online.keep(lease, {FLIGHT: seen_by_the_load}, load_ms=1)
+    return await window_of(online)
+
+
+async def test_what_was_loaded_is_not_kept_if_a_row_written_meanwhile_was_evicted(online: OnlineStore, redis: Redis) -> None:
+    assert await evicted_during_a_load(online, redis) is None
+
+
+async def test_control_without_the_lease_a_row_written_meanwhile_is_hidden(online: OnlineStore, redis: Redis) -> None:
+    unguarded = LUA.replace("not fresh and lease == lease_of(entry)", "true")
+    assert unguarded != LUA
+    online._merge = redis.register_script(unguarded)
+
+    window = await evicted_during_a_load(online, redis)
+
+    assert window is not None and window.at(25) != make_row(20)
 
 
 async def late_writers(online: OnlineStore) -> Window | None:
@@ -153,7 +175,9 @@ Step = tuple[str, int]
 @given(
     keys=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 2), st.integers(0, 2)), min_size=15, max_size=30, unique=True),
     steps=st.lists(
-        st.tuples(st.sampled_from(["write", "write", "merge", "begin", "end", "generation"]), st.integers(0, 29)), min_size=20, max_size=80
+        st.tuples(st.sampled_from(["write", "write", "merge", "begin", "end", "evict", "generation"]), st.integers(0, 29)),
+        min_size=20,
+        max_size=80,
     ),
 )
 async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right(
@@ -163,7 +187,7 @@ async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right
     rows = [make_row(*key, values=b"%d" % n) for n, key in enumerate(keys)]
     stored: list[OnlineRow] = []  # as PostgreSQL would have it
     merged: set[OnlineRow] = set()
-    loads: list[tuple[bytes | None, Window]] = []
+    loads: list[tuple[Lease, Window]] = []
     for step, n in steps:
         if step == "write" and len(stored) < len(rows):
             stored.append(rows[len(stored)])
@@ -171,11 +195,12 @@ async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right
             merged.add(stored[n % len(stored)])
             await online.merge([(FLIGHT, stored[n % len(stored)])])
         elif step == "begin":
-            generation, _ = await online.windows([FLIGHT])
-            loads.append((generation, Window.of(sorted(stored, reverse=True)[:ROWS_KEPT], ROWS_KEPT)))
+            loads.append((await online.lease([FLIGHT]), Window.of(sorted(stored, reverse=True)[:ROWS_KEPT], ROWS_KEPT)))
         elif step == "end" and loads:
-            generation, loaded = loads.pop(n % len(loads))
-            await online.keep(generation, {FLIGHT: loaded}, load_ms=1)
+            lease, loaded = loads.pop(n % len(loads))
+            await online.keep(lease, {FLIGHT: loaded}, load_ms=1)
+        elif step == "evict":
+            await redis.delete("mojomesh:online:1:flights:UA1545")
         elif step == "generation":  # some replica missed a write, and repeats it in the new generation
             await redis.set(GENERATION, str(uuid4()))
     await online.merge([(FLIGHT, row) for row in stored if row not in merged])
@@ -279,6 +304,23 @@ async def test_a_write_that_redis_missed_is_never_hidden_by_what_it_kept(own_red
         assert await window_of(another) is None
 
 
+async def test_a_write_that_a_full_redis_refused_is_hidden_from_nobody(own_redis: tuple[str, Child]) -> None:
+    """It goes on answering, for as long as it stays full."""
+    async with open_redis(own_redis[0]) as redis, open_redis(own_redis[0]) as redis_of_another_replica:
+        online, another = OnlineStore(redis), OnlineStore(redis_of_another_replica)
+        await load(online, FLIGHT, [make_row(10)])
+        await redis.config_set("maxmemory-policy", "noeviction")
+        await redis.config_set("maxmemory", 1)
+        with pytest.raises(TransientError, match="reads go to PostgreSQL"):
+            await online.merge([(FLIGHT, make_row(20))])
+
+        assert await window_of(another) is not None  # control: what the full Redis kept would be believed
+        with pytest.raises(TransientError, match="reads go to PostgreSQL"):  # the consumer tries again
+            await online.merge([(FLIGHT, make_row(20))])
+        assert await window_of(another) is None
+        assert await window_of(online) is None
+
+
 async def test_a_redis_that_does_not_answer_is_not_asked_again_and_again(own_redis: tuple[str, Child]) -> None:
     url, child = own_redis
     now = 0.0
@@ -329,7 +371,8 @@ async def test_without_redis_reading_and_keeping_go_on(redis: Redis) -> None:
     async with open_redis("redis://127.0.0.1:9/0") as nowhere:
         online = OnlineStore(nowhere)
 
-        assert await online.windows([FLIGHT]) == (None, [None])
-        await online.keep(b"generation", {FLIGHT: Window((), EVER)}, load_ms=1)
+        assert await online.windows([FLIGHT]) == [None]
+        assert await online.lease([FLIGHT]) == {}
+        await online.keep({FLIGHT: b"0 1"}, {FLIGHT: Window((), EVER)}, load_ms=1)
         with pytest.raises(TransientError):
             await online.merge([(FLIGHT, make_row(10))])

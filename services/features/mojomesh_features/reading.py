@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Se
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.errors import TransientError
@@ -17,6 +18,8 @@ from mojomesh_store.errors import Moved
 from mojomesh_store.online import ROWS_KEPT, AsOf, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.vectors import Plan, Vector, vectors
+
+_LOADS = Counter("mojomesh_row_loads_total", "Transactions that read rows which Redis did not have, each of one shard and feature set")
 
 _NOW_KNOWN = datetime.max.replace(tzinfo=UTC)
 
@@ -92,15 +95,16 @@ class FeatureReader:
 
     async def windows(self, entities: Sequence[Entity]) -> Mapping[Entity, Window | TransientError]:
         """The newest rows of each entity, from Redis or loaded and kept there; not coalesced with what others ask."""
-        generation, kept = await self._online.windows(entities)
+        kept = await self._online.windows(entities)
         known: dict[Entity, Window | TransientError] = {
             entity: window for entity, window in zip(entities, kept, strict=True) if window is not None
         }
         if missing := [entity for entity in entities if entity not in known]:
+            lease = await self._online.lease(missing)
             began = time.perf_counter()
             loaded = await self._load(missing)
             whole = {entity: window for entity, window in loaded.items() if isinstance(window, Window)}
-            await self._online.keep(generation, whole, 1000 * (time.perf_counter() - began))
+            await self._online.keep(lease, whole, 1000 * (time.perf_counter() - began))
             known |= loaded
         return known
 
@@ -131,6 +135,7 @@ class FeatureReader:
         """The answers of `load`, called for each shard and feature set that hold rows of some; the error of a shard that is away."""
 
         async def load_part(shard: Shard, feature_set: str, part: list[Thing]) -> dict[Thing, Answer | TransientError]:
+            _LOADS.inc()
             try:
                 async with shard.begin(PATIENCE_S) as db:
                     answers = await load(db, feature_set, part)

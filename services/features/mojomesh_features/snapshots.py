@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -17,6 +17,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from adbc_driver_postgresql import dbapi
 from numpy.typing import NDArray
 
 from mojomesh_chassis.definitions import Definitions
@@ -57,6 +58,7 @@ class Snapshots:
 
         Raises:
             PermanentError: `snapshot_time` is later than now, or the labels are not what their type says.
+            TransientError: A shard is away.
         """
         _check_names(plan)
         async with self._reading(_needed(plan, label), snapshot_time) as (db, views, folder):
@@ -104,11 +106,20 @@ class Snapshots:
                 folder = Path(name)
                 with duckdb.connect(config=duckdb_config(self._memory_limit, folder)) as db:
                     known = {name: self.rows(name, features, snapshot_time) for name, features in needed.items()}
-                    await asyncio.to_thread(read_known, known.values(), self._shard_urls, db)
+                    await self._read(known.values(), db)
                     for rows in known.values():
                         files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
                         await asyncio.to_thread(rows.create_view, db, files)
                     yield db, {name: rows.view for name, rows in known.items()}, folder
+
+    async def _read(self, known: Collection[KnownRows], db: duckdb.DuckDBPyConnection) -> None:
+        try:
+            await asyncio.to_thread(read_known, known, self._shard_urls, db)
+        except (dbapi.Error, duckdb.Error):
+            # A connection that breaks has many names in the two libraries; to ask the shards tells whether one of them did it.
+            for shard in self._feature_store.shards:
+                await shard.answer()
+            raise
 
 
 def _check_names(plan: Plan) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,7 +20,15 @@ SHARDS = ("commands_first", "commands_second")
 PARTS = ("postgres", "redis", "kafka", "ingest", "features", "registry")
 PATIENCE_S = 30.0
 
-Said = tuple[int, str]
+
+class Said(NamedTuple):
+    """How a command ended, its answer, and what it complained of."""
+
+    status: int
+    answer: str
+    complaint: str
+
+
 Type = Callable[..., Said]
 
 
@@ -41,15 +50,14 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, postgres_cluster: Cluster, po
 
 @pytest.fixture
 def mojomesh(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
-    """Types a command, with an answer to what it may ask: the status it ended with, and what it said."""
+    """Types a command, with an answer to what it may ask."""
 
     def typed(*words: str, answer: str = "") -> Said:
         monkeypatch.setattr(sys, "argv", ["mojomesh", *words, "--state", str(mesh.state.path)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
+        return Said(int(ended.value.code or 0), *capsys.readouterr())
 
     return typed
 
@@ -85,8 +93,8 @@ def told(mojomesh: Type, tmp_path: Path) -> Callable[..., None]:
         file = tmp_path / f"{feature_set}.csv"
         lines = [f"{pump},2026-01-01T12:00:00Z,{vibration}" for pump, vibration in shaking.items()]
         file.write_text("\n".join(["pump,event_time,vibration", *lines]))
-        assert mojomesh("apply", str(definition))[0] == 0
-        assert mojomesh("publish", str(file), "--feature-set", feature_set)[0] == 0
+        assert mojomesh("apply", str(definition)).status == 0
+        assert mojomesh("publish", str(file), "--feature-set", feature_set).status == 0
 
     return tell
 
@@ -102,14 +110,14 @@ def test_quality_shows_what_came_in_and_what_was_not_as_expected(mojomesh: Type,
     told("watched", P1=3.0, P2=900.0)
 
     def windows() -> list[dict[str, object]]:
-        found: list[dict[str, object]] = json.loads(mojomesh("quality", "watched", "--json")[1])
+        found: list[dict[str, object]] = json.loads(mojomesh("quality", "watched", "--json").answer)
         return [window for window in found if window["n_held"]]
 
     until(windows, "no window with the held event was judged")
-    ended, said = mojomesh("quality", "watched", "--windows", "1000")
+    said = mojomesh("quality", "watched", "--windows", "1000")
 
-    assert ended == 0
-    assert "1 of 2 rows, as in: 'vibration' is 900.0, expected at most 50" in said
+    assert said.status == 0
+    assert "1 of 2 rows, as in: 'vibration' is 900.0, expected at most 50" in said.answer
     assert [(window["n_rows"], window["n_held"]) for window in windows()] == [(1, 1)]
 
 
@@ -117,19 +125,19 @@ def test_held_events_are_listed_and_let_go(mojomesh: Type, told: Callable[..., N
     told("kept", P1=3.0, P2=900.0, P3=800.0)
 
     def held() -> list[str]:
-        return [event["event_id"] for event in json.loads(mojomesh("quarantine", "list", "--feature-set", "kept", "--json")[1])]
+        return [event["event_id"] for event in json.loads(mojomesh("quarantine", "list", "--feature-set", "kept", "--json").answer)]
 
     until(lambda: len(held()) == 2 and sum(rows_of("kept")) == 1, "the events were not told apart")
-    ended, listed = mojomesh("quarantine", "list", "--feature-set", "kept")
+    listed = mojomesh("quarantine", "list", "--feature-set", "kept")
     first, second = held()
 
-    assert ended == 0
-    assert all(word in listed for word in (first, second, "P2", "P3", "'vibration' is 900.0, expected at most 50"))
-    assert mojomesh("quarantine", "release", first) == (0, "1 released.\n")
+    assert listed.status == 0
+    assert all(word in listed.answer for word in (first, second, "P2", "P3", "'vibration' is 900.0, expected at most 50"))
+    assert mojomesh("quarantine", "release", first) == (0, "1 released.\n", "")
     assert held() == [second]
-    assert mojomesh("quarantine", "release", first) == (0, "0 released.\n")
-    assert mojomesh("quarantine", "release", "--feature-set", "kept") == (0, "1 released.\n")
-    assert mojomesh("quarantine", "list", "--feature-set", "kept") == (0, "Nothing is held back.\n")
+    assert mojomesh("quarantine", "release", first) == (0, "0 released.\n", "")
+    assert mojomesh("quarantine", "release", "--feature-set", "kept") == (0, "1 released.\n", "")
+    assert mojomesh("quarantine", "list", "--feature-set", "kept") == (0, "Nothing is held back.\n", "")
     until(lambda: sum(rows_of("kept")) == 3, "what was let go is not stored")
 
 
@@ -139,41 +147,37 @@ def test_an_entity_is_forgotten_when_the_answer_is_yes(
     told("remembered", P1=3.0, P2=4.0, P3=900.0)
     until(lambda: sum(rows_of("remembered")) == 2, "not stored")
 
-    ended, said = mojomesh("store", "forget", "P1", "--feature-set", "remembered", answer="n\n")
-    assert (ended, sum(rows_of("remembered"))) == (1, 2)
-    assert "Erase all that is known of 'P1'? Nobody can bring it back." in said
+    said = mojomesh("store", "forget", "P1", "--feature-set", "remembered", answer="n\n")
+    assert (said.status, sum(rows_of("remembered"))) == (1, 2)
+    assert "Erase all that is known of 'P1'? Nobody can bring it back." in said.answer
 
-    ended, said = mojomesh("store", "forget", "P1", "--feature-set", "remembered", answer="y\n")
-    assert (ended, sum(rows_of("remembered"))) == (0, 1)
-    assert "Erased rows: 1 of remembered. Held events: 0. Receipts emptied: 0.\n" in said
-    assert "Kafka keeps what it was told until its retention ends" in said
+    said = mojomesh("store", "forget", "P1", "--feature-set", "remembered", answer="y\n")
+    assert (said.status, sum(rows_of("remembered"))) == (0, 1)
+    assert "Erased rows: 1 of remembered. Held events: 0. Receipts emptied: 0.\n" in said.answer
+    assert "Kafka keeps what it was told until its retention ends" in said.answer
 
-    said = mojomesh("store", "forget", "P3", "--feature-set", "remembered", "--yes")[1]
-    assert "Erased rows: none. Held events: 1." in said
-    assert "Erased rows: none. Held events: 0." in mojomesh("store", "forget", "nobody", "--yes")[1]
+    said = mojomesh("store", "forget", "P3", "--feature-set", "remembered", "--yes")
+    assert "Erased rows: none. Held events: 1." in said.answer
+    assert "Erased rows: none. Held events: 0." in mojomesh("store", "forget", "nobody", "--yes").answer
 
 
-def test_entities_move_to_a_shard_that_was_added(
-    mojomesh: Type, told: Callable[..., None], rows_of: Callable[[str], list[int]], mesh: Mesh
-) -> None:
+def test_entities_move_to_a_shard_that_was_added(mojomesh: Type, told: Callable[..., None], rows_of: Callable[[str], list[int]]) -> None:
     pumps = {f"M{n}": float(n) for n in range(40)}
     told("spread", **pumps)
     until(lambda: rows_of("spread") == [40, 0], "not stored on the first shard")
 
-    ended, said = mojomesh("store", "rebalance")
-    assert ended == 0
-    assert said.startswith("Added: shard 1, with ")
-    assert "rows stay there until they are sealed: run `mojomesh store seal`, and this again." in said
+    said = mojomesh("store", "rebalance")
     first, second = rows_of("spread")
-    assert (first, second > 0) == (40, True)
+    assert (said.status, first, second > 0) == (0, 40, True)
+    assert said.answer.startswith("Added: shard 1, with ")
+    assert "rows stay there until they are sealed: run `mojomesh store seal`, and this again." in said.answer
 
-    assert "segments/spread/0-" in mojomesh("store", "seal")[1]
-    said = mojomesh("store", "rebalance")[1]
-    assert "Every shard has its share." in said
-    assert "Taken away where they were copied from: " in said
+    assert "segments/spread/0-" in mojomesh("store", "seal").answer
+    cleaned = json.loads(mojomesh("store", "rebalance", "--json").answer)
+    assert (cleaned["added"], cleaned["cleaned"] >= second, cleaned["left"]) == ([], True, 0)
     assert rows_of("spread") == [40 - second, second]
-    assert mojomesh("store", "seal") == (0, "Everything is sealed.\n")
-    assert mojomesh("store", "rebalance") == (0, "Every shard has its share.\n")
+    assert mojomesh("store", "seal") == (0, "Everything is sealed.\n", "")
+    assert mojomesh("store", "rebalance") == (0, "Every shard has its share.\n", "")
 
     told("spread", **pumps)  # the same facts under new ids: corrections, each where its entity is by now
     until(lambda: rows_of("spread") == [2 * (40 - second), 2 * second], "not stored where entities are placed")
@@ -188,27 +192,27 @@ def test_entities_move_to_a_shard_that_was_added(
     ],
 )
 def test_a_wrong_call_says_what_to_do(mojomesh: Type, words: tuple[str, ...], reason: str) -> None:
-    ended, said = mojomesh(*words)
+    said = mojomesh(*words)
 
-    assert ended == 1
-    assert said.startswith("mojomesh: ")
-    assert reason in said
+    assert (said.status, said.answer) == (1, "")
+    assert said.complaint.startswith("mojomesh: ")
+    assert reason in said.complaint
 
 
 @pytest.mark.parametrize("words", [("quarantine", "release", "--all"), ("store", "seal")])
 def test_without_the_token_nothing_is_changed(mojomesh: Type, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     monkeypatch.setenv("MOJOMESH_TOKEN", "somebody-else's")
 
-    ended, said = mojomesh(*words)
+    said = mojomesh(*words)
 
-    assert ended == 1
-    assert "`mojomesh` takes it from the state folder or from MOJOMESH_TOKEN." in said
+    assert said.status == 1
+    assert "`mojomesh` takes it from the state folder or from MOJOMESH_TOKEN." in said.complaint
 
 
 def test_a_shard_that_is_not_there_is_told(mojomesh: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOJOMESH_POSTGRES_OWNER", "postgresql://mojomesh:none@127.0.0.1:9/mojomesh")
 
-    ended, said = mojomesh("store", "forget", "P1", "--yes")
+    said = mojomesh("store", "forget", "P1", "--yes")
 
-    assert ended == 1
-    assert "Look with `mojomesh status`, start with `mojomesh up`." in said
+    assert said.status == 1
+    assert "Look with `mojomesh status`, start with `mojomesh up`." in said.complaint

@@ -32,7 +32,7 @@ from mojomesh_store import rows
 QUESTION = """SELECT entity_id FROM store.feature_rows WHERE "values" @> '{"flight": 77, "distance": 77, "temp": 99.25}' LIMIT 1"""
 
 
-GROWN = 1_000_000
+GROWN = 500_000
 # As `values_of` makes them.
 GROW = """
     INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, event_id, "values")

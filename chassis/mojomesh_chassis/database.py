@@ -32,6 +32,7 @@ _OUTAGES = {
     "3D000": "the database does not exist; see MOJOMESH_POSTGRES",
     "3F000": "the schema does not exist; run `mojomesh migrate`",
     "42P01": "a table does not exist; run `mojomesh migrate`",
+    "42883": "a function does not exist; run `mojomesh migrate`",
     "42501": "the role lacks a privilege; run `mojomesh migrate` as the owner",
 }
 

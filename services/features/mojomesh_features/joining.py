@@ -16,7 +16,7 @@ _MICROSECOND = timedelta(microseconds=1)
 def numbered_entities(plan: Plan, views: Mapping[str, str]) -> str:
     """What makes the table `entities` that the queries below need: entity_id and a number, in their order, for each that the spine names.
 
-    Rows are joined and sorted by these numbers, which takes half of what texts take.
+    Rows are joined and sorted by these numbers, which spares a third of what it takes by texts.
     """
     named = dict.fromkeys(["entity_id", *(feature_column(source.join) for source in plan.sources if source.join)])
     entity_ids = " UNION ".join(f"SELECT DISTINCT {column} AS entity_id FROM {views[plan.model.spine]}" for column in named)

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only load one scorer for so long, and print how its memory grows")
     asked = parser.parse_args()
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # new topics have no leader for a moment
-    require_tools()
+    require_tools("wrk", "oha", "ghz")
     make_environments()
     known = know()
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as folder:

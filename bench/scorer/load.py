@@ -25,11 +25,11 @@ _LUA = Path(__file__).with_name("infer.lua")
 _PROTO = Path(__file__).parents[2] / "services" / "scorer" / "mojomesh_scorer" / "open_inference.proto"
 
 
-def require_tools() -> None:
+def require_tools(*tools: str) -> None:
     """End with a line per tool that is missing, and how to get it."""
-    missing = [f"  {tool} is not installed: {how}" for tool, how in _HOW.items() if shutil.which(tool) is None]
+    missing = [f"  {tool} is not installed: {_HOW[tool]}" for tool in tools if shutil.which(tool) is None]
     if missing:
-        sys.exit("bench-scorer needs load generators:\n" + "\n".join(missing))
+        sys.exit("load generators are needed:\n" + "\n".join(missing))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,21 @@ def python_of(peer: str) -> Path:
     return CACHE / peer / "bin" / "python"
 
 
+def install(peer: str, pins: Sequence[str]) -> None:
+    """Make a Python peer's environment, unless that was done before with the same pins."""
+    done = CACHE / peer / "installed.txt"
+    if done.exists() and done.read_text().split() == list(pins):
+        return
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(CACHE / peer)], check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python_of(peer)), *pins], check=True)
+    done.write_text("\n".join(pins))
+
+
 def make_environments() -> None:
     """Install the Python peers and compile the Java ones, unless that was done before with the same pins."""
-    uv = Path(sys.executable).with_name("uv")
     for peer, pins in PINS.items():
-        done = CACHE / peer / "installed.txt"
-        if done.exists() and done.read_text().split() == pins:
-            continue
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(CACHE / peer)], check=True)
-        subprocess.run([uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python_of(peer)), *pins], check=True)
-        done.write_text("\n".join(pins))
+        install(peer, pins)
     jars = CACHE / "jars"
     if not (jars / "installed.txt").exists() or (jars / "installed.txt").read_text() != MAVEN:
         jars.mkdir(parents=True, exist_ok=True)
@@ -85,10 +90,11 @@ class Serving:
     name: str
     port: int
     pid: int
+    path: str = INFER
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}{INFER}"
+        return f"http://127.0.0.1:{self.port}{self.path}"
 
     def family(self) -> list[psutil.Process]:
         """Its processes, however many."""

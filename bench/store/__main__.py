@@ -6,9 +6,9 @@ import platform
 
 import psutil
 
-from bench.store import freshness, ingest, join
+from bench.store import freshness, ingest, join, online
 
-PARTS = {"freshness": freshness.main, "ingest": ingest.main, "join": join.main}
+PARTS = {"freshness": freshness.main, "ingest": ingest.main, "join": join.main, "online": online.main}
 
 parser = argparse.ArgumentParser(prog="make bench-store ARGS=...")
 parser.add_argument("--quick", action="store_true", help="a tenth of it")

@@ -19,6 +19,8 @@ class Definitions(CatchesUp):
         self.feature_sets: dict[str, FeatureSet] = {}
         self.models: dict[str, Model] = {}
         self.versions: dict[str, int] = {}
+        self.n_changes = 0
+        """For who keeps what follows from definitions: another number says that it may have changed."""
         for definition in definitions:
             self.put(definition, 1)
 
@@ -28,6 +30,7 @@ class Definitions(CatchesUp):
         if version < self.versions.get(identity, 0):
             return
         self.versions[identity] = version
+        self.n_changes += 1
         if isinstance(definition, FeatureSet):
             self.feature_sets[definition.name] = definition
         else:

@@ -1,5 +1,6 @@
 """The object store: a local folder or S3, by URL."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -33,8 +34,15 @@ class Objects:
         await obstore.put_async(self._store, key, content)
 
     async def create(self, key: str, content: bytes | Path) -> bool:
-        """Store bytes, or the file at a path, unless there is something under `key`; whether they were stored. Takes as much memory."""
+        """Store bytes, or the file at a path, unless there is something under `key`; whether they were stored.
+
+        In a folder a file is not copied where it can be linked: it must not change afterwards. Else it takes as much memory.
+        """
         try:
+            if self._folder is not None and isinstance(content, Path):
+                with suppress(OSError):  # on another file system; or it exists, as the store will say
+                    os.link(content, self.path_of(key))
+                    return True
             await obstore.put_async(self._store, key, content, mode="create")
         except AlreadyExistsError:
             return False

@@ -7,13 +7,19 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mojomesh_chassis.faults import arm_faults
 from mojomesh_chassis.settings import AnySettings, read_settings
 from mojomesh_chassis.telemetry import start_telemetry
 
 
-def serve(service: str, build: Callable[[AnySettings], FastAPI], settings_type: type[AnySettings]) -> None:
+def serve(
+    service: str,
+    build: Callable[[AnySettings], FastAPI],
+    settings_type: type[AnySettings],
+    protocol: type[HttpToolsProtocol] = HttpToolsProtocol,
+) -> None:
     """Serve until SIGTERM or SIGINT; then stop accepting, finish what is in flight, close what is open."""
     settings = read_settings(settings_type)
     start_telemetry(service, settings)
@@ -27,7 +33,7 @@ def serve(service: str, build: Callable[[AnySettings], FastAPI], settings_type: 
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=protocol,
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=30,

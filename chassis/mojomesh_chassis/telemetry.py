@@ -62,6 +62,11 @@ def start_telemetry(service: str, settings: MeshSettings) -> None:
         trace.set_tracer_provider(provider)
 
 
+def log_beside_answers() -> None:
+    """Send logs to standard error, for a command, which answers on standard output."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
 def _spans_file(service: str, folder: Path | None) -> Path:
     return (folder or Path()) / f"{service}.jsonl"
 

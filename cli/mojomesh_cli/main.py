@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 import typer
 
 from mojomesh_chassis.errors import MeshError, TransientError
+from mojomesh_chassis.telemetry import log_beside_answers
 from mojomesh_cli import dead_letters, definitions, features, models, publish, quality, scoring, stack, store, traffic
 from mojomesh_cli.console import complain
 from mojomesh_local.errors import LocalError
@@ -42,6 +43,7 @@ for added in entry_points(group="mojomesh.commands"):
 
 def main() -> None:
     """Run a command; what a person can act on is told in one line and no traceback."""
+    log_beside_answers()
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())  # the error that follows says the same
     try:
         app()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +36,13 @@ ROWS_KEPT = 8
 ENTRY_TTL_MS = 10 * 60 * 1000
 EMPTY_TTL_MS = 30 * 1000  # of an entity without rows: anybody may ask for any name
 UNLOADED_TTL_MS = 10 * 1000  # of rows that came before any load; a load that takes longer is not kept
-BETA = 1.0  # of XFetch: above 1 refreshes earlier
+BETA = 2.0  # of XFetch: above 1 refreshes earlier; half of it if dice are thrown on the short way and again on the long one
+MOST_SEEN = 10_000  # entities whose values are remembered, of some kilobytes each
 KEYS_A_CALL = 100  # a script holds up everybody else
 GENERATION = f"mojomesh:online:{LAYOUT}:generation"
 
 EVER = -(2**53)
 """`complete_from` of an entity of which every row is there."""
-_NEVER = b"0"
 _WRITTEN = ("", "", 0, 0, 0)  # in place of what a load knows
 _SHORTEST_EXPONENT = 1e16  # from here on a float's JSON has an exponent, and JSONB gives back an integer
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -49,6 +50,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Entity = tuple[str, str]
 """Feature set and entity_id."""
 
+AsOf = tuple[Entity, int]
+"""An entity, and the event time in microseconds since 1970 as of which its row is asked for."""
 Lease = dict[Entity, bytes]
 """How Redis knew each entity when its load began."""
 
@@ -64,22 +67,27 @@ def moment(us: int) -> datetime:
     return _EPOCH + timedelta(microseconds=us)
 
 
-class OnlineRow(NamedTuple):
-    """A feature row as the online store keeps it, in the order that decides which one wins; times in microseconds since 1970."""
-
+class _Row(NamedTuple):
     event_us: int
     created_us: int
     seq: int
     reported_us: int
     vector: bytes  # `values` as JSON, as PostgreSQL gives them back
 
+
+class OnlineRow(_Row):
+    """A feature row as the online store keeps it, in the order that decides which one wins; times in microseconds since 1970."""
+
+    key_json: bytes | None = None
+    """Its key, once it has been written: a row that Redis keeps is read again and again."""
+
     @classmethod
     def of(cls, row: FeatureRow | FeaturesWritten) -> "OnlineRow":
         times = (microseconds(row.event_time), microseconds(row.created_at), row.seq, microseconds(row.reported_at))
         return cls(*times, orjson.dumps(row.values if isinstance(row, FeatureRow) else _as_stored(row.values)))
 
-    @property
-    def values(self) -> dict[str, FeatureValue]:
+    @cached_property
+    def values(self) -> Mapping[str, FeatureValue]:
         values: dict[str, FeatureValue] = orjson.loads(self.vector)
         return values
 
@@ -120,6 +128,38 @@ class Window:
     def covers(self, event_us: int) -> bool:
         """Whether `at` is certain to be right."""
         return event_us >= self.complete_from
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A window as Redis keeps it; its rows are read as far as they are asked for, which mostly is the first."""
+
+    value: bytes
+    generation: bytes
+    complete_from: int
+    loaded_at_ms: int  # 0: never
+    load_ms: float
+    _next: int  # where the lines begin that were not read yet
+    _rows: list[OnlineRow] = field(default_factory=list)
+
+    def at(self, event_us: int) -> OnlineRow | None:
+        """As `Window.at`; raises ValueError if that far lines are not rows."""
+        for row in self._rows:
+            if row.event_us <= event_us:
+                return row
+        while self._next < len(self.value):
+            end = self.value.index(b"\n", self._next)
+            row = _row(self.value[self._next : end])
+            self._rows.append(row)
+            self._next = end + 1
+            if row.event_us <= event_us:
+                return row
+        return None
+
+    def whole(self) -> Window:
+        """All of it; raises ValueError if lines are not rows."""
+        self.at(EVER - 1)
+        return Window(tuple(self._rows), self.complete_from)
 
 
 class Unanswered(Exception):
@@ -169,6 +209,9 @@ class OnlineStore:
     breaker: Breaker = field(default_factory=Breaker)
     clock: Callable[[], float] = time.time
     chance: Callable[[], float] = lambda: 1.0 - random.random()
+    # Values that were read before, and proved to be what they should be: equal ones need not prove it again.
+    _seen: dict[Entity, _Kept] = field(default_factory=dict)
+    _generation: object = None  # of what was seen
     # Writes that Redis did not take: until they are repeated, whole entries may lack them, so none is believed.
     _missed_writes: bool = False
 
@@ -180,25 +223,51 @@ class OnlineStore:
 
         None is a miss: nothing there, somebody else's or a damaged value, no answer, or XFetch's turn to load anew.
         """
-        nothing: list[Window | None] = [None] * len(entities)
+        generation, values = await self._values(entities)
+        if generation is None:
+            return [None] * len(entities)
+        windows = [self._window(entity, generation, value) for entity, value in zip(entities, values, strict=True)]
+        _count(len(windows), sum(window is not None for window in windows))
+        return windows
+
+    async def rows_at(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
+        """The row of each entity that was true at the event time, if Redis knows for certain; in one round trip.
+
+        It is `windows` for who needs one time of each and loads nothing: it reads no more of a value than that takes.
+        """
+        entities = list(dict.fromkeys([entity for entity, _ in asked]))
+        generation, values = await self._values(entities)
+        if generation is None:
+            return {}
+        kept = {entity: self._believed(entity, generation, value) for entity, value in zip(entities, values, strict=True)}
+        found: dict[AsOf, OnlineRow | None] = {}
+        for as_of in asked:
+            entity, at = as_of
+            window = kept[entity]
+            if window is not None and at >= window.complete_from:
+                try:
+                    found[as_of] = window.at(at)
+                except ValueError:
+                    _warn_of_layout(entity)
+        _count(len(asked), len(found))
+        return found
+
+    async def _values(self, entities: Sequence[Entity]) -> tuple[object, list[object]]:
+        """The generation and what Redis has of each entity; no generation, nothing to be believed."""
         if self._missed_writes:
-            return nothing
+            return None, []
         try:
-            found = await self._asking(self.redis.mget([GENERATION, *(_key(entity) for entity in entities)]))
+            found = await self._asking(self.redis.mget([GENERATION, *[_key(entity) for entity in entities]]))
         except Unanswered:
             _READS.labels("unanswered").inc(len(entities))
-            return nothing
+            return None, []
         if not isinstance(found, list) or len(found) != len(entities) + 1:
             log.warning("redis_answered_something_else")
-            return nothing
-        if self._missed_writes:  # meanwhile
-            return nothing
-        generation = found[0]
-        windows = [self._read(entity, generation, value) for entity, value in zip(entities, found[1:], strict=True)]
-        hits = sum(window is not None for window in windows)
-        _READS.labels("hit").inc(hits)
-        _READS.labels("miss").inc(len(windows) - hits)
-        return windows
+            return None, []
+        if found[0] != self._generation:
+            self._generation = found[0]
+            self._seen.clear()  # nothing of whom was forgotten stays
+        return None if self._missed_writes else found[0], found[1:]  # which may have been missed meanwhile
 
     async def lease(self, entities: Sequence[Entity]) -> Lease:
         """What to `keep` entities under that are loaded from now on: it notices if a write is not merged into what is loaded.
@@ -293,27 +362,26 @@ class OnlineStore:
         self.breaker.succeeded()
         return answer
 
-    def _read(self, entity: Entity, generation: object, value: object) -> Window | None:
+    def _window(self, entity: Entity, generation: object, value: object) -> Window | None:
+        kept = self._believed(entity, generation, value)
+        try:
+            return None if kept is None else kept.whole()
+        except ValueError:
+            _warn_of_layout(entity)
+            return None
+
+    def _believed(self, entity: Entity, generation: object, value: object) -> _Kept | None:
         if not isinstance(value, bytes):
             return None
-        digest, _, body = value.partition(b"\n")
-        if hashlib.sha1(body, usedforsecurity=False).hexdigest().encode() != digest:
-            log.warning("online_value_damaged", feature_set=entity[0], entity_id=entity[1])
-            return None
-        try:
-            head, *lines = body.removesuffix(b"\n").split(b"\n")
-            name, its_generation, complete_from, loaded_at, load_ms = head.split(b"\t")
-            window = Window(tuple(_row(line) for line in lines), int(complete_from))
-            old = self._turn_to_load(int(loaded_at), float(load_ms))
-        except ValueError:
-            log.warning("online_value_of_another_layout", feature_set=entity[0], entity_id=entity[1])
-            return None
-        if name != _name(entity):
-            log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
-            return None
-        if old or loaded_at == _NEVER or its_generation != generation:
-            return None
-        return window
+        kept = self._seen.get(entity)
+        if kept is None or kept.value != value:
+            if (kept := _proved(entity, value)) is None:
+                return None
+            if len(self._seen) >= MOST_SEEN:
+                self._seen.clear()
+            self._seen[entity] = kept
+        is_whole = kept.loaded_at_ms and kept.generation == generation
+        return kept if is_whole and not self._turn_to_load(kept.loaded_at_ms, kept.load_ms) else None
 
     def _turn_to_load(self, loaded_at_ms: int, load_ms: float) -> bool:
         """Probabilistic early expiration: near its end a value is loaded anew by one reader or two, not by all at once.
@@ -322,6 +390,35 @@ class OnlineStore:
             Vattani, Chierichetti, Lowenstein (2015), Optimal Probabilistic Cache Stampede Prevention, VLDB 8(8), algorithm XFetch.
         """
         return self.clock() * 1000 - load_ms * BETA * math.log(self.chance()) >= loaded_at_ms + ENTRY_TTL_MS
+
+
+def _count(n_asked: int, hits: int) -> None:
+    _READS.labels("hit").inc(hits)
+    _READS.labels("miss").inc(n_asked - hits)
+
+
+def _proved(entity: Entity, value: bytes) -> _Kept | None:
+    """What a value says, if it is whole and the entity's."""
+    digest, _, body = value.partition(b"\n")
+    if hashlib.sha1(body, usedforsecurity=False).hexdigest().encode() != digest:
+        log.warning("online_value_damaged", feature_set=entity[0], entity_id=entity[1])
+        return None
+    try:
+        head = body[: body.index(b"\n")]
+        name, generation, complete_from, loaded_at, load_ms = head.split(b"\t")
+        lines = len(value) - len(body) + len(head) + 1
+        kept = _Kept(value, generation, int(complete_from), int(loaded_at), float(load_ms), lines)
+    except ValueError:
+        _warn_of_layout(entity)
+        return None
+    if name != _name(entity):
+        log.warning("online_value_of_another", feature_set=entity[0], entity_id=entity[1], found=name.decode("utf-8", "replace"))
+        return None
+    return kept
+
+
+def _warn_of_layout(entity: Entity) -> None:
+    log.warning("online_value_of_another_layout", feature_set=entity[0], entity_id=entity[1])
 
 
 def _as_stored(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:

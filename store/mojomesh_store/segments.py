@@ -29,26 +29,31 @@ class Segment(NamedTuple):
 
 
 class Unsealed(NamedTuple):
-    """What of a feature set may be sealed."""
+    """What of a feature set may be sealed, and the next segment of it."""
 
     n_rows: int
     oldest: datetime  # created_at of the oldest, to the second
     until: datetime  # created_at up to which the next segment should reach, so that it does not grow too large
+    checksum: tuple[int, int]  # of the rows until then: their number and the sum of their seqs
 
 
 _NAMES = ", ".join(Segment._fields)
 
 _UNSEALED = text("""
     WITH seconds AS (
-        SELECT date_trunc('second', created_at) AS second, count(*) AS n FROM store.feature_rows
+        SELECT date_bin('1 second', created_at, 'epoch') AS second, count(*) AS n, sum(seq) AS seqs FROM store.feature_rows
         WHERE feature_set = :feature_set AND created_at <= :watermark
             AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
         GROUP BY 1
     ), growing AS (
-        SELECT second, sum(n) OVER (ORDER BY second) AS n FROM seconds
+        SELECT *, sum(n) OVER (ORDER BY second) AS so_far FROM seconds
+    ), next AS (
+        SELECT second, n, seqs FROM growing WHERE so_far - n < :most
     )
-    SELECT max(n)::bigint, min(second), least(:watermark, min(second + interval '1 second - 1 microsecond') FILTER (WHERE n >= :most))
-    FROM growing HAVING count(*) > 0
+    SELECT sum(n)::bigint, min(second),
+        (SELECT CASE WHEN sum(n) < :most THEN :watermark ELSE least(:watermark, max(second) + interval '999999 us') END FROM next),
+        (SELECT sum(n)::bigint FROM next), (SELECT sum(seqs)::bigint FROM next)
+    FROM seconds HAVING count(*) > 0
 """)
 
 
@@ -75,7 +80,10 @@ async def unsealed(db: AsyncSession, feature_set: str, follows: datetime | None,
     """The rows created in (follows, watermark], and where to cut so that a segment has little more than `most`; None if there are none."""
     asked = {"feature_set": feature_set, "follows": follows, "watermark": watermark, "most": most}
     found = (await db.execute(_UNSEALED, asked)).one_or_none()
-    return None if found is None else Unsealed(*found)
+    if found is None:
+        return None
+    n_rows, oldest, until, *checksum = found
+    return Unsealed(n_rows, oldest, until, tuple(checksum))
 
 
 async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None, until: datetime) -> tuple[int, int]:

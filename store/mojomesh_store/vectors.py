@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_contracts.bundles import Column
@@ -10,10 +11,7 @@ from mojomesh_contracts.definitions import Aggregate, FeatureSet, FeatureSource,
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_contracts.formulas import Formula, Kind
 from mojomesh_store.errors import UnusableDefinition
-from mojomesh_store.online import Entity, OnlineRow, moment
-
-AsOf = tuple[Entity, int]
-"""An entity, and the event time in microseconds since 1970 as of which its row is asked for."""
+from mojomesh_store.online import AsOf, Entity, OnlineRow, moment
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -57,6 +55,11 @@ class Source:
     aggregates: tuple[Windowed, ...] = ()  # that columns or formulas need
     formulas: tuple[tuple[str, Formula], ...] = ()  # of the computed columns
 
+    @cached_property
+    def names(self) -> list[tuple[str, str]]:
+        """Of the columns, and of the features that they hold."""
+        return [(column.name, column.feature) for column in self.columns]
+
     @property
     def is_derived(self) -> bool:
         """Whether it has columns that no row holds."""
@@ -89,7 +92,7 @@ class Plan:
         """In the order of the definition, which is the order of the snapshot's."""
         return [column for source in self.sources for column in source.columns]
 
-    @property
+    @cached_property
     def same_entity_sets(self) -> list[str]:
         """The spine first, then the sets joined by the spine's own entity_id."""
         own = self.model.spine
@@ -101,20 +104,24 @@ class Plan:
         aggregated = (aggregate.feature_set for source in self.sources for aggregate in source.aggregates)
         return {self.model.spine, self.model.label.feature_set, *(source.feature_set for source in self.sources), *aggregated}
 
-    @property
+    @cached_property
     def has_aggregates(self) -> bool:
         """Whether a vector takes more than the rows of its entities."""
         return any(source.aggregates for source in self.sources)
 
-    @property
+    @cached_property
     def derived(self) -> list[Source]:
         """The sources with columns that no row holds."""
         return [source for source in self.sources if source.is_derived]
 
-    def joined(self, entity_id: str, spine_values: Mapping[str, FeatureValue]) -> list[Entity]:
+    @cached_property
+    def joins(self) -> list[tuple[str, str]]:
+        """The sets of other entities, and the features of the spine that name these."""
+        return [(source.feature_set, source.join) for source in self.sources if source.join]
+
+    def joined(self, spine_values: Mapping[str, FeatureValue]) -> list[Entity]:
         """The other entities whose rows the vector needs; none for a spine row that does not name one."""
-        named = ((source.feature_set, spine_values.get(source.join)) for source in self.sources if source.join)
-        return [(feature_set, entity) for feature_set, entity in named if isinstance(entity, str)]
+        return [(feature_set, entity) for feature_set, name in self.joins if isinstance(entity := spine_values.get(name), str)]
 
 
 def plan_of(model: Model, definitions: Definitions) -> Plan:
@@ -126,6 +133,24 @@ def plan_of(model: Model, definitions: Definitions) -> Plan:
     """
     spine = definitions.feature_set(model.spine)
     return Plan(model, spine, tuple(_source(model, spine, source, definitions) for source in model.features))
+
+
+class Plans:
+    """The plans of models by the definitions in force, each made once."""
+
+    def __init__(self, definitions: Definitions) -> None:
+        self._definitions = definitions
+        self._n_changes = definitions.n_changes
+        self._of: dict[str, Plan] = {}
+
+    def of(self, model: str) -> Plan:
+        """The plan of the model of that name; raises what `plan_of` does."""
+        if self._n_changes != self._definitions.n_changes:
+            self._n_changes = self._definitions.n_changes
+            self._of.clear()
+        if (plan := self._of.get(model)) is None:
+            plan = self._of[model] = plan_of(self._definitions.model(model), self._definitions)
+        return plan
 
 
 def _source(model: Model, spine: FeatureSet, source: FeatureSource, definitions: Definitions) -> Source:
@@ -207,20 +232,19 @@ async def vectors(
     `rows_at` is called twice at most; `aggregates_at` is for plans that have aggregates. A place is left out if one of them left out what
     it needs.
     """
-    own_sets = plan.same_entity_sets
-    found = dict(await rows_at([((feature_set, entity_id), at) for entity_id, at in asked for feature_set in own_sets]))
-    needed: list[list[Entity]] = []
-    for entity_id, at in asked:
-        spine_row = found.get(((plan.model.spine, entity_id), at))
-        joined = plan.joined(entity_id, spine_row.values) if spine_row is not None else []
-        needed.append([*((feature_set, entity_id) for feature_set in own_sets), *joined])
-    if further := [(entity, at) for entities, (_, at) in zip(needed, asked, strict=True) for entity in entities[len(own_sets) :]]:
+    needed: list[list[AsOf]] = [[((feature_set, entity_id), at) for feature_set in plan.same_entity_sets] for entity_id, at in asked]
+    found = dict(await rows_at([as_of for as_ofs in needed for as_of in as_ofs]))
+    spine_values = [{} if (spine_row := found.get(as_ofs[0])) is None else spine_row.values for as_ofs in needed]
+    joined = [[(entity, at) for entity in plan.joined(values)] for values, (_, at) in zip(spine_values, asked, strict=True)]
+    if further := [as_of for as_ofs in joined for as_of in as_ofs]:
         found |= await rows_at(further)
-    made = {
-        place: vector_of(plan, entity_id, at, {entity: found[entity, at] for entity in entities})
-        for place, (entities, (entity_id, at)) in enumerate(zip(needed, asked, strict=True))
-        if all((entity, at) in found for entity in entities)
-    }
+    made: dict[int, Vector | None] = {}
+    for place, (entity_id, at) in enumerate(asked):
+        try:
+            known = {as_of[0]: found[as_of] for as_of in needed[place] + joined[place]}
+        except KeyError:
+            continue
+        made[place] = _vector_of(plan, entity_id, at, known, spine_values[place])
     if not (derived := plan.derived):
         return made
     rows = {
@@ -259,17 +283,20 @@ class _DerivedRow:
                 self._vector.values[column.name] = derived[column.feature]
 
 
-def vector_of(plan: Plan, entity_id: str, event_us: int, rows: Mapping[Entity, OnlineRow | None]) -> Vector | None:
+def _vector_of(
+    plan: Plan, entity_id: str, event_us: int, rows: Mapping[Entity, OnlineRow | None], spine_values: Mapping[str, FeatureValue]
+) -> Vector | None:
     """The vector of an entity from the rows that were true at `event_us`; None if the spine has no row of it.
 
     A column is missing where its row is missing or lacks the value, or while it is to be derived. What a row is good for that is older
     than its source's max_age, the model says (`stale`).
     """
-    spine_row = rows.get((plan.model.spine, entity_id))
+    spine = plan.model.spine
+    spine_row = rows[spine, entity_id]
     if spine_row is None:
         return None
-    spine_values = spine_row.values
-    vector = Vector({}, {(plan.model.spine, entity_id): spine_row}, {plan.model.spine: (event_us - spine_row.event_us) // 1000}, [])
+    vector = Vector({}, {(spine, entity_id): spine_row}, {spine: (event_us - spine_row.event_us) // 1000}, [])
+    vector_values = vector.values
     for source in plan.sources:
         joined = entity_id if source.join is None else spine_values.get(source.join)
         entity = (source.feature_set, joined) if isinstance(joined, str) else None
@@ -281,10 +308,10 @@ def vector_of(plan: Plan, entity_id: str, event_us: int, rows: Mapping[Entity, O
             if plan.model.stale != "serve":
                 row = None
         if row is None or entity is None:
-            vector.values.update((column.name, None) for column in source.columns)
+            vector_values.update([(name, None) for name, _ in source.names])
             continue
         values = spine_values if row is spine_row else row.values
-        vector.values.update((column.name, values.get(column.feature)) for column in source.columns)
+        vector_values.update([(name, values.get(feature)) for name, feature in source.names])
         vector.used[entity] = row
         vector.ages_ms[source.feature_set] = (event_us - row.event_us) // 1000
     return vector

@@ -26,10 +26,10 @@ from mojomesh_local import ports
 from mojomesh_local.processes import Child
 from mojomesh_local.redis import Redis as RedisServer
 from mojomesh_store import rows
-from mojomesh_store.online import Entity, OnlineRow, OnlineStore, Window, microseconds
+from mojomesh_store.online import AsOf, Entity, OnlineRow, OnlineStore, Window, microseconds
 from mojomesh_store.shards import FeatureStore
 from mojomesh_store.tables import FeatureRow
-from mojomesh_store.vectors import AsOf, Vector, plan_of
+from mojomesh_store.vectors import Vector, plan_of
 from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)
@@ -189,7 +189,7 @@ async def test_control_a_reader_that_does_not_check_values_is_taken_in(
     own_redis: tuple[str, Child], feature_store: FeatureStore, append_all: AppendAll, trouble: str
 ) -> None:
     class Trusting(OnlineStore):
-        def _read(self, entity: Entity, generation: object, value: object) -> Window | None:
+        def _window(self, entity: Entity, generation: object, value: object) -> Window | None:
             lines = value.split(b"\n")[2:-1] if isinstance(value, bytes) else []
             fields = [line.split(b"\t", 4) for line in lines]
             return Window(tuple(OnlineRow(int(a), int(b), int(c), int(d), e) for a, b, c, d, e in fields), -(2**60)) if lines else None

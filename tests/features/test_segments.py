@@ -115,7 +115,7 @@ async def test_what_has_no_column_is_kept_beside_the_columns(
     (found,) = pq.read_table(objects.path_of(segment.path)).to_pylist()
     taken = await take(snapshots, model, definitions, row.created_at)
 
-    assert (found["a"], found["other"]) == (2.5, '{"Seq": 1, "size": 3}')
+    assert (found["a"], found["other"]) == (2.5, '{"Seq":1,"size":3}')
     assert pq.read_table(objects.path_of(taken.path))["crews.size"].to_pylist() == [3]
 
 

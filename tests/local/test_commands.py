@@ -94,9 +94,9 @@ def test_reset_deletes_nothing_but_a_state_folder(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "migrate"])
+@pytest.mark.parametrize("command", ["status", "migrate", "quarantine list", "store rebalance"])
 def test_without_a_mesh_a_command_says_how_to_get_one(tmp_path: Path, command: str) -> None:
-    refused = mojomesh(tmp_path / "nothing", command)
+    refused = mojomesh(tmp_path / "nothing", *command.split())
 
     assert refused.returncode == 1
     assert "mojomesh up" in refused.stderr

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from mojomesh_chassis.consuming import consuming
 from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.fast_lane import Lane
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.objects import open_objects
@@ -22,6 +23,7 @@ from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Retired, retiring
 from mojomesh_features.sealing import Due, Sealer, sealing
 from mojomesh_features.settings import FeaturesSettings
+from mojomesh_features.short_answers import ShortAnswers
 from mojomesh_features.skew import SkewMonitor, watching_skew
 from mojomesh_features.snapshots import Snapshots
 from mojomesh_store.online import OnlineStore
@@ -69,6 +71,7 @@ def build(settings: FeaturesSettings) -> FastAPI:
             relay = await stack.enter_async_context(relaying(database, OUTBOX, publisher, health))
             await stack.enter_async_context(judging(Judge(feature_store, definitions, relay), health))
             yield {
+                "lane": Lane(ShortAnswers(online, definitions, retired).route),
                 "database": database,
                 "feature_store": feature_store,
                 "reader": FeatureReader(feature_store, online, retired),

@@ -15,9 +15,9 @@ from mojomesh_features.retiring import Retired
 from mojomesh_features.windows import PATIENCE_S, WindowReader
 from mojomesh_store import rows
 from mojomesh_store.errors import Moved
-from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, moment
+from mojomesh_store.online import ROWS_KEPT, AsOf, Entity, OnlineRow, OnlineStore, Window, moment
 from mojomesh_store.shards import FeatureStore, Shard
-from mojomesh_store.vectors import AsOf, Plan, Vector, vectors
+from mojomesh_store.vectors import Plan, Vector, vectors
 
 _LOADS = Counter("mojomesh_row_loads_total", "Transactions that read rows which Redis did not have, each of one shard and feature set")
 

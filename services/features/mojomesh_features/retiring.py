@@ -49,13 +49,18 @@ class Retired:
         stayed = next((row.event_us for row in window.rows if row.event_us < before), before)
         return replace(window, complete_from=max(window.complete_from, stayed))
 
+    def reaches(self, feature_set: str, at_us: int) -> bool:
+        """Whether rows may be missing as of an event time."""
+        return at_us < self._before(feature_set)
+
     def check(self, feature_set: str, at_us: int) -> None:
         """Refuse to read as of an event time from which rows may be missing.
 
         Raises:
             Gone: They may.
         """
-        if at_us < (before := self._before(feature_set)):
+        if self.reaches(feature_set, at_us):
+            before = self._before(feature_set)
             raise Gone(f"rows of '{feature_set}' before {moment(before).isoformat()} have left PostgreSQL; take a snapshot to see them")
 
     def check_known(self, feature_set: str, row_us: int | None) -> None:

@@ -13,19 +13,20 @@ from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions
-from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
+from mojomesh_chassis.errors import NotFound, PermanentError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
 from mojomesh_features import tables
+from mojomesh_features.answers import row_answer, rows_answer, vectors_answer
 from mojomesh_features.judging import windows_of
 from mojomesh_features.nearest import Neighbours
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.sealing import Sealer
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import embeddings
-from mojomesh_store.online import Entity, OnlineRow, microseconds, moment
+from mojomesh_store.online import AsOf, OnlineRow, microseconds, moment
 from mojomesh_store.shards import FeatureStore
-from mojomesh_store.vectors import AsOf, Vector, plan_of
+from mojomesh_store.vectors import plan_of
 
 router = APIRouter()
 
@@ -124,7 +125,7 @@ async def model_vectors(asked: AskedVectors, reader: AReader, definitions: SomeD
     now = microseconds(datetime.now(UTC))
     pairs = [(row.entity_id, now if row.event_time is None else microseconds(row.event_time)) for row in asked.rows]
     vectors = await reader.vectors(plan, pairs)
-    return _json({"rows": [_vector(plan.model.spine, *pair, vector) for pair, vector in zip(pairs, vectors, strict=True)]})
+    return _answer(vectors_answer(plan.model.spine, pairs, vectors))
 
 
 @router.post("/v1/features/{feature_set}:batch")
@@ -134,8 +135,7 @@ async def latest_rows(feature_set: str, asked: AskedBatch, reader: AReader, defi
     now = microseconds(datetime.now(UTC))
     as_ofs = [((name, row.entity_id), now if row.at is None else microseconds(row.at)) for row in asked.rows]
     found = await _read(reader, as_ofs, asked.snapshot_time)
-    rows = [(entity, found[entity, at]) for entity, at in as_ofs]
-    return _json({"rows": [None if row is None else _row(entity, row) for entity, row in rows]})
+    return _answer(rows_answer(as_ofs, found))
 
 
 @router.post("/v1/features/{feature_set}:nearest")
@@ -169,7 +169,7 @@ async def latest_row(
     row = (await _read(reader, [as_of], snapshot_time))[as_of]
     if row is None:
         raise NotFound(f"'{feature_set}' has no row of '{entity_id}' at {moment(as_of[1]).isoformat()}")
-    return _json(_row(entity, row))
+    return _answer(row_answer(entity, row))
 
 
 @router.post("/v1/snapshots")
@@ -237,28 +237,12 @@ async def _read(reader: FeatureReader, asked: Sequence[AsOf], snapshot_time: dat
     return await (reader.at(asked) if snapshot_time is None else reader.known_at(asked, snapshot_time))
 
 
-def _row(entity: Entity, row: OnlineRow) -> dict[str, Any]:
-    reported_at = moment(row.reported_us)
-    return {**_key(entity, row), "reported_at": reported_at, "values": orjson.Fragment(row.vector)}
-
-
-def _key(entity: Entity, row: OnlineRow) -> dict[str, Any]:
-    event_time, created_at = moment(row.event_us), moment(row.created_us)
-    return {"feature_set": entity[0], "entity_id": entity[1], "event_time": event_time, "created_at": created_at, "seq": row.seq}
-
-
-def _vector(spine: str, entity_id: str, at: int, vector: Vector | TransientError | None) -> dict[str, Any]:
-    if isinstance(vector, TransientError):
-        return {"away": str(vector)}
-    if vector is None:
-        return {"error": f"'{spine}' has no row of '{entity_id}' at {moment(at).isoformat()}"}
-    if vector.too_old:
-        return {"refused": "; ".join(vector.too_old)}
-    return {"values": vector.values, "used": [_key(*used) for used in vector.used.items()], "ages_ms": vector.ages_ms}
-
-
 def _json(answer: Any) -> Response:
-    return Response(orjson.dumps(answer, default=_uuid), media_type="application/json")
+    return _answer(orjson.dumps(answer, default=_uuid))
+
+
+def _answer(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
 
 
 def _uuid(value: object) -> str:

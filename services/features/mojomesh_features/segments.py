@@ -1,6 +1,6 @@
 """What a sealed segment looks like: one Parquet file of feature rows, readable by anything that reads Parquet (docs/segments.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -55,29 +55,36 @@ class Extent(NamedTuple):
 def write_segment(shard_url: str, extent: Extent, columns: Mapping[str, str], to: Path, config: Config) -> None:
     """Write the rows of `extent` from PostgreSQL as a Parquet file, sorted by entity, event_time, created_at and seq.
 
-    Reading is one COPY out of PostgreSQL; vectors are taken apart by DuckDB, which also sorts, within its bound of memory.
+    Reading is one COPY out of PostgreSQL, which takes longest and so does no more than it must. DuckDB takes vectors apart and sorts,
+    within its bound of memory.
     """
-    names = ", ".join(f"'{name}'" for name in columns)
     follows = "(SELECT counts_after FROM store.shard)" if extent.follows is None else f"'{extent.follows.isoformat()}'"
     query = f"""
-        SELECT entity_id, event_time, reported_at, created_at, seq, event_id::text AS event_id, "values"::text AS vector,
-            nullif("values" - ARRAY[{names}]::text[], '{{}}')::text AS {OTHER}
-        FROM store.feature_rows
+        SELECT entity_id, event_time, reported_at, created_at, seq, event_id, "values" AS vector FROM store.feature_rows
         WHERE feature_set = '{extent.feature_set}' AND created_at <= '{extent.until.isoformat()}' AND created_at > {follows}
     """
     shape = json_shape({name: DUCKDB_TYPES[kind] for name, kind in columns.items()})
     parsed = f"from_json(vector, '{shape}')" if columns else "NULL"
-    features = "".join(f'vector."{name}", ' for name in columns)
+    features = "".join(f'parsed."{name}", ' for name in columns)
     about = orjson.dumps({"until": extent.until, "columns": columns}).decode()
     with dbapi.connect(shard_url) as shard, closing(shard.cursor()) as cursor, duckdb.connect(config=config) as db:
         cursor.execute(query)
-        db.register("arriving", cursor.fetch_record_batch())
+        db.register("arriving", cursor.fetch_arrow())
         db.execute(f"""
             COPY (
-                SELECT {", ".join(KEYS)}, {features}{OTHER} FROM (SELECT * REPLACE ({parsed} AS vector) FROM arriving)
+                SELECT * REPLACE (event_id::VARCHAR AS event_id) FROM (
+                    SELECT {", ".join(KEYS)}, {features}{_rest(columns)} AS {OTHER} FROM (SELECT *, {parsed} AS parsed FROM arriving)
+                )
                 ORDER BY entity_id, event_time, created_at, seq
             ) TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, KV_METADATA {{mojomesh: '{about}'}})
         """)
+
+
+def _rest(columns: Iterable[str]) -> str:
+    """What of a vector has no column, as JSON; null if it has no more keys than there are values in columns, which is soon found out."""
+    filled = "".join(f' + (parsed."{name}" IS NOT NULL)::INTEGER' for name in columns)
+    in_columns = orjson.dumps(dict.fromkeys(columns)).decode()
+    return f"CASE WHEN len(json_keys(vector)) > 0{filled} THEN nullif(json_merge_patch(vector, '{in_columns}'), '{{}}') END"
 
 
 def read_segment(file: Path, feature_set: str, follows: datetime | None, path: str) -> Segment:

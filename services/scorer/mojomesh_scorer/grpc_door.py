@@ -14,12 +14,12 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry import trace
 
 from mojomesh_chassis.errors import Busy, MeshError, NotFound, PermanentError, TransientError
+from mojomesh_chassis.fast_lane import TRACED
 from mojomesh_chassis.telemetry import carried_trace, log, tracer
 from mojomesh_scorer import open_inference_pb2 as pb
 from mojomesh_scorer import open_inference_pb2_grpc as pb_grpc
 from mojomesh_scorer.doors import Doors, within
 from mojomesh_scorer.errors import BadTensor, DeadlineMissed, NotServed
-from mojomesh_scorer.fast_lane import TRACED
 from mojomesh_scorer.open_inference import (
     EXTENSIONS,
     PLATFORM,

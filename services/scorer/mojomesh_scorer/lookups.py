@@ -12,8 +12,8 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
 from mojomesh_contracts.events import FeatureValue, Frozen, RowKey
 from mojomesh_store.errors import UnusableDefinition
-from mojomesh_store.online import Breaker, OnlineRow, OnlineStore, microseconds
-from mojomesh_store.vectors import AsOf, Vector, plan_of, vectors
+from mojomesh_store.online import Breaker, OnlineStore, microseconds
+from mojomesh_store.vectors import Plans, Vector, vectors
 
 FEW_ROWS = 16  # more than these are a call of their own
 
@@ -73,7 +73,7 @@ class FeatureLookup:
         self._client = client
         self._url = f"{url}/v1/features:lookup"
         self._online = online
-        self._definitions = definitions
+        self._plans = Plans(definitions)
         self._breaker = Breaker()
         self._next: dict[str, _Together] = {}
         self._under_way: dict[str, asyncio.Task[list[Found]]] = {}
@@ -117,20 +117,14 @@ class FeatureLookup:
     async def _read(self, model: str, entities: Sequence[EntityAt]) -> dict[int, Found]:
         """What Redis knows for certain, by the entity's place."""
         try:
-            plan = plan_of(self._definitions.model(model), self._definitions)
+            plan = self._plans.of(model)
         except (NotFound, UnusableDefinition):
             return {}  # features says what is wrong, or knows a definition that has not come here yet
         if plan.has_aggregates:
             return {}  # they are computed from PostgreSQL's rows
         asked = [(entity.entity_id, microseconds(entity.event_time)) for entity in entities]
-        known = await vectors(plan, asked, self._rows_at)
+        known = await vectors(plan, asked, self._online.rows_at)
         return {place: Found.of(plan.model.spine, entities[place], vector) for place, vector in known.items()}
-
-    async def _rows_at(self, asked: Sequence[AsOf]) -> dict[AsOf, OnlineRow | None]:
-        entities = list(dict.fromkeys(entity for entity, _ in asked))
-        windows = await self._online.windows(entities)
-        known = dict(zip(entities, windows, strict=True))
-        return {(entity, at): window.at(at) for entity, at in asked if (window := known[entity]) is not None and window.covers(at)}
 
     async def _ask(self, model: str, entities: Sequence[EntityAt]) -> list[Found]:
         if self._breaker.is_open:

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 import orjson
 
+from mojomesh_chassis.fast_lane import Answer, Headers
 from mojomesh_scorer.doors import Doors
 from mojomesh_scorer.encoding import MAX, Encoder
 from mojomesh_scorer.errors import RowsRefused, SchemaMismatch
-from mojomesh_scorer.fast_lane import Answer
 from mojomesh_scorer.models import LoadedModel
 from mojomesh_scorer.open_inference import n_classes_of, outputs_with
 from mojomesh_scorer.routes import head, shown
@@ -62,8 +62,10 @@ class ShortAnswers:
     def __init__(self, doors: Doors) -> None:
         self._doors = doors
 
-    def route(self, url: bytes) -> Answer | None:
+    def route(self, url: bytes, headers: Headers) -> Answer | None:
         """What may answer requests of this path."""
+        if any(name == b"inference-header-content-length" for name, _ in headers):
+            return None
         if url.startswith(b"/v2/models/") and url.endswith(b"/infer"):
             return partial(self._answer_v2, url[11:-6].decode("latin-1"))
         if url.startswith(b"/v1/models/") and url.endswith(b":score"):

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from mojomesh_chassis.consuming import consuming
 from mojomesh_chassis.definitions import Definitions
+from mojomesh_chassis.fast_lane import FastLane, Lane
 from mojomesh_chassis.faults import arm_faults
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
@@ -45,7 +46,6 @@ from mojomesh_scorer.control import (
     obey,
 )
 from mojomesh_scorer.doors import Doors
-from mojomesh_scorer.fast_lane import FastLane, Lane, Route
 from mojomesh_scorer.grpc_door import serving_grpc
 from mojomesh_scorer.lookups import FeatureLookup
 from mojomesh_scorer.models import Models
@@ -130,11 +130,11 @@ class Worker:
                 replica=self._settings.replica,
             )
         )
-        app = _app(self._settings, health, self._doors)
         short = ShortAnswers(self._doors)
+        app = _app(self._settings, health, self._doors, Lane(short.route))
         with opened_above_connections():
             await self._open.enter_async_context(serving_grpc(self._doors, short, self._settings.host, grpc))
-            await self._open.enter_async_context(serving_http(app, short.route, self._settings.host, http))
+            await self._open.enter_async_context(serving_http(app, self._settings.host, http))
         # Python's oldest generation would cost pauses of tens of milliseconds: what lives now lives for ever. And what a request makes
         # is gone before a block of receipts is: to look through it 70 times in that time finds nothing.
         gc.collect()
@@ -148,10 +148,10 @@ class Worker:
         await self._open.aclose()
 
 
-def _app(settings: Settings, health: Health, doors: Doors) -> FastAPI:
+def _app(settings: Settings, health: Health, doors: Doors, lane: Lane) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, object]]:
-        yield {"doors": doors}
+        yield {"doors": doors, "lane": lane}
 
     return mesh_app("scorer", settings, health, lifespan, routes.router, rest.router)
 
@@ -165,7 +165,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: FastAPI, route: Route, host: str, port: int) -> AsyncIterator[None]:
+async def serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[None]:
     """Serve on a port that other workers share; at the end requests in flight finish."""
     shared = socket.socket()
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -173,7 +173,7 @@ async def serving_http(app: FastAPI, route: Route, host: str, port: int) -> Asyn
     shared.bind((host, port))
     config = uvicorn.Config(
         app,
-        http=type("WorkerProtocol", (FastLane,), {"lane": Lane(route)}),
+        http=FastLane,
         access_log=False,
         proxy_headers=False,
         log_level="warning",

@@ -1,6 +1,6 @@
-"""Insert-if-new of a batch: unnest against binary COPY into a staging table: `.venv/bin/python -m bench.store.insert [rounds]`.
+"""Insert-if-new of a batch: unnest against binary COPY into a staging table: `.venv/bin/python -m bench.store.insert [rounds [rows]]`.
 
-Both write batches of 5,000 new rows in turns, each in a transaction, into the feature store's table with all its indexes, on a
+Both write batches of new rows (5,000) in turns, each in a transaction, into the feature store's table with all its indexes, on a
 PostgreSQL of its own. Printed: milliseconds a batch of wall time, of the server's CPU and of the client's. `store.rows` uses the better.
 """
 
@@ -53,7 +53,7 @@ async def by_copy(connection: asyncpg.Connection, events: list[EventReceived], n
     await connection.fetch(FROM_STAGING)
 
 
-async def measure(url: str, rounds: int) -> None:
+async def measure(url: str, rounds: int, batch: int) -> None:
     connection = await asyncpg.connect(url)
     await connection.set_type_codec("jsonb", schema="pg_catalog", format="binary", encoder=bytes, decoder=bytes)
     await connection.execute(STAGING)
@@ -61,7 +61,7 @@ async def measure(url: str, rounds: int) -> None:
     spent: dict[str, list[tuple[float, float, float]]] = {"unnest": [], "copy": []}
     for number in range(2 * rounds):
         how, insert = (("unnest", by_unnest), ("copy", by_copy))[number % 2]
-        events = [make_event(n) for n in range(number * BATCH, (number + 1) * BATCH)]
+        events = [make_event(n) for n in range(number * batch, (number + 1) * batch)]
         before = time.perf_counter(), sum(server.cpu_times()[:2]), sum(client.cpu_times()[:2])
         async with connection.transaction():
             await insert(connection, events, datetime.now(UTC))
@@ -73,16 +73,16 @@ async def measure(url: str, rounds: int) -> None:
         print(f"{how:7} {wall:6.0f} ms a batch; CPU of the server {of_server:5.0f} ms, of the client {of_client:5.0f} ms")
 
 
-async def main(rounds: int) -> None:
+async def main(rounds: int = 30, batch: int = BATCH) -> None:
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as folder:
         cluster = Cluster(ports.choose(), secrets.token_hex(8))
         server = Postgres(Path(folder) / "postgres", cluster, Path(folder) / "postgres.log").server.start()
         try:
             await migrate_tables([cluster.url(OWNER)])
-            await measure(cluster.url(SERVICE), rounds)
+            await measure(cluster.url(SERVICE), rounds, batch)
         finally:
             server.stop()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 30))
+    asyncio.run(main(*map(int, sys.argv[1:])))

@@ -8,7 +8,7 @@ import psutil
 
 from bench.store import freshness, ingest, join, online
 
-PARTS = {"freshness": freshness.main, "ingest": ingest.main, "join": join.main, "online": online.main}
+PARTS = {"ingest": ingest.main, "freshness": freshness.main, "online": online.main, "join": join.main}
 
 parser = argparse.ArgumentParser(prog="make bench-store ARGS=...")
 parser.add_argument("--quick", action="store_true", help="a tenth of it")

@@ -49,7 +49,7 @@ from mojomesh_store.vectors import plan_of
 
 MEMORY = "4GiB"
 FEAST = "feast==0.67.0"
-PATIENCE_S = 480.0  # with Feast, at each size
+PATIENCE_S = 300.0  # with Feast, at each size
 ASKED = 50_000
 GOALS = {"sealing": "300,000", "bare": "0.85", "row_number": "2", "by row": "at most 2", "feast": "50", "ten times": "at most 11"}
 INDEXES = ("feature_rows_as_of", "feature_rows_values")

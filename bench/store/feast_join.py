@@ -11,7 +11,7 @@ import pandas as pd
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.types import Float64, String
 
-MOST_MEMORY = 8 * 10**9
+MOST_MEMORY = 18 * 10**9
 
 
 def main(folder: Path, n: int, features: list[str]) -> None:

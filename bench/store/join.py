@@ -7,14 +7,17 @@ spine's own entity, one by a column), 1 % of all rows not sealed yet; Parquet ou
     by row      the same with `known_at: row`
     bare        one DuckDB query of chained ASOF joins over one sorted Parquet file a set, unsorted and without a digest
     row_number  the same after a row_number() has removed corrected rows
-    feast       Feast's offline join (file source) in an environment of its own, within 8 GB and `PATIENCE_S`
+    feast       Feast's offline join (file source) in an environment of its own, within `PATIENCE_S` and the memory of feast_join.py
+    lateral     LATERAL joins in PostgreSQL itself, its index for such reads in place, rows sent to a client, not written as Parquet; of
+                `ASKED` rows of the spine
 
-Printed: rows a second (the median), peak memory of the process, and of each time the seconds (in brackets those of CPU in the process that
-joins or seals, which tell more than the others on a machine that is not idle).
+Printed as Markdown: seconds of each time, those of CPU in the process that joins or seals (the median, which tells more than the clock on a
+machine that is not idle), rows a second (the median), the process's peak memory; then what ours is to each, with the goals.
 """
 
 import asyncio
 import json
+import os
 import resource
 import secrets
 import statistics
@@ -46,7 +49,10 @@ from mojomesh_store.vectors import plan_of
 
 MEMORY = "4GiB"
 FEAST = "feast==0.67.0"
-PATIENCE_S = 180.0  # with Feast, at each size
+PATIENCE_S = 480.0  # with Feast, at each size
+ASKED = 50_000
+GOALS = {"sealing": "300,000", "bare": "0.85", "row_number": "2", "by row": "at most 2", "feast": "50", "ten times": "at most 11"}
+INDEXES = ("feature_rows_as_of", "feature_rows_values")
 VALUES = [*(f"number_{n}" for n in range(8)), *(f"category_{n}" for n in range(4))]
 USED = ("number_0", "number_1", "number_2", "category_0")
 
@@ -114,6 +120,7 @@ async def load(url: str, n: int, part: tuple[float, float], lasts: str) -> None:
     """Store a part of the rows of scale `n`, as if they had come in over the time `lasts`."""
     connection = await asyncpg.connect(url)
     for name, (factor, entity, vector) in SETS.items():
+        await connection.execute("SELECT store.add_partitions($1, 0)", f"{name}-{n}")  # as features does, once a set is defined
         rows = factor * n
         bounds = int(part[0] * rows) + 1, int(part[1] * rows)
         sql = LOAD.replace("ENTITY", entity).replace("VECTOR", vector).replace("LASTS", f"interval '{lasts}'")
@@ -217,6 +224,8 @@ def act(folder: Path, what: str, *arguments: str) -> None:
         result = asyncio.run(seal(arguments[0], folder, *arguments[1:]))
     elif what == "ours":
         result = asyncio.run(ours(arguments[0], folder, int(arguments[1]), arguments[2]))
+    elif what == "lateral":
+        result = asyncio.run(lateral(arguments[0], int(arguments[1])))
     else:
         result = bare(folder, int(arguments[1]), arguments[0])
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -224,7 +233,7 @@ def act(folder: Path, what: str, *arguments: str) -> None:
 
 
 def feast(folder: Path, n: int) -> dict[str, Any] | None:
-    """Feast's own join, in an environment of its own; None if it did not end in time or in memory."""
+    """Feast's own join, in an environment of its own; None if it does not end in time or in memory."""
     home = Path(tempfile.gettempdir()) / f"mojomesh-bench-{FEAST}"
     if not (home / "ready").exists():
         venv.create(home, with_pip=True)
@@ -241,34 +250,89 @@ def feast(folder: Path, n: int) -> dict[str, Any] | None:
     return answer
 
 
+async def lateral(url: str, n: int) -> dict[str, Any]:
+    """The same join by PostgreSQL, of some of the spine."""
+    joins, used = "", ""
+    for name, key in (("accounts", "spine.entity_id"), ("places", "spine.vector->>'place'")):
+        used += "".join(f", {name}.vector->>'{column}'" for column in USED)
+        joins += f"""
+            LEFT JOIN LATERAL (
+                SELECT "values" AS vector FROM store.feature_rows
+                WHERE feature_set = '{name}-{n}' AND entity_id = {key} AND event_time <= spine.event_time
+                ORDER BY event_time DESC, created_at DESC, seq DESC LIMIT 1
+            ) AS {name} ON true
+        """
+    query = f"""
+        SELECT spine.entity_id, spine.event_time, outcomes.event_time, outcomes.vector->>'late', spine.vector->>'distance',
+            spine.vector->>'hour'{used}
+        FROM (
+            SELECT DISTINCT ON (entity_id, event_time) entity_id, event_time, "values" AS vector FROM store.feature_rows
+            WHERE feature_set = 'trips-{n}' AND event_time < (
+                SELECT max(event_time) FROM (
+                    SELECT event_time FROM store.feature_rows WHERE feature_set = 'trips-{n}' ORDER BY event_time LIMIT {ASKED}
+                ) AS first
+            )
+            ORDER BY entity_id, event_time, created_at DESC, seq DESC
+        ) AS spine
+        JOIN LATERAL (
+            SELECT event_time, "values" AS vector FROM store.feature_rows
+            WHERE feature_set = 'outcomes-{n}' AND entity_id = spine.entity_id AND event_time >= spine.event_time
+            ORDER BY event_time, created_at DESC, seq DESC LIMIT 1
+        ) AS outcomes ON true {joins}
+    """
+    connection = await asyncpg.connect(url)
+    began = time.perf_counter()
+    copied = await connection.copy_from_query(query, output=os.devnull, format="binary")
+    spent = time.perf_counter() - began
+    await connection.close()
+    return {"rows": int(copied.removeprefix("COPY ")), "s": spent}
+
+
 def show(what: str, n: int, results: list[dict[str, Any]]) -> tuple[float, float]:
-    """A line; rows a second, and rows a second of CPU, each the median."""
+    """A line of the table; rows a second, and rows a second of CPU, each the median."""
     rates = [statistics.median(result["rows"] / result[spent] for result in results) for spent in ("s", "cpu_s")]
-    spent = ", ".join(f"{result['s']:.1f} ({result['cpu_s']:.1f})" for result in results)
-    print(f"{what:12}{n:>10,}{rates[0]:>12,.0f} rows/s {max(result['gb'] for result in results):5.1f} GB   {spent} s", flush=True)
+    spent = ", ".join(f"{result['s']:.2f}" for result in results)
+    cpu_s, gb = statistics.median(result["cpu_s"] for result in results), max(result["gb"] for result in results)
+    print(f"| {what} | {n:,} | {spent} | {cpu_s:.2f} | {rates[0]:,.0f} | {gb:.1f} GB |", flush=True)
     return rates[0], rates[1]
+
+
+def goal(name: str) -> str:
+    return f" (goal {GOALS[name]})" if name in GOALS else ""
 
 
 def main(quick: bool) -> None:
     """Measure, with `quick` a tenth of it in one round."""
-    scales = [1_000, 10_000, 100_000] if quick else [10_000, 100_000, 1_000_000]
-    print(f"DuckDB {duckdb.__version__} with {MEMORY}\n", flush=True)
+    scales = [1_000, 10_000, 100_000] if quick else [10_000, 100_000, 500_000, 1_000_000]
+    told: list[str] = []
+    took: dict[int, float] = {}
+    print(f"DuckDB {duckdb.__version__} with {MEMORY}\n")
+    print("| | rows | seconds | CPU s | rows/s | memory |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, a_database(folder := Path(name)) as cluster:
         (folder / "objects").mkdir()
         url = cluster.url(SERVICE)
-        asyncio.run(without_indexes(cluster.url(OWNER)))
+        asyncio.run(change_indexes(cluster.url(OWNER), *(f"DROP INDEX store.{index}" for index in INDEXES)))
         for n in scales:
             asyncio.run(load(cluster.url(OWNER), n, (0, 0.99), "1 hour"))
-            show("sealing", 5 * n, [child(folder, "seal", url, f"{name}-{n}") for name in ("accounts", "places")])
+            rate, _ = show("sealing", 5 * n, [child(folder, "seal", url, f"{name}-{n}") for name in ("accounts", "places")])
+            told.append(f"{5 * n:,} rows are sealed at {rate:,.0f} rows/s{goal('sealing')}")
             child(folder, "seal", url, f"trips-{n}", f"outcomes-{n}")
             time.sleep(2)  # the tail comes in after what is sealed
             asyncio.run(load(cluster.url(OWNER), n, (0.99, 1), "1 second"))
             export(url, folder, n)
-            join(url, folder, n, 3 if n == max(scales) and not quick else 1)
+            rounds = 3 if n == max(scales) and not quick else 1
+            took[n] = join(url, folder, n, rounds, told)
+            if n // 10 in took:
+                told.append(f"{n:,} spine rows took {took[n] / took[n // 10]:.1f} x the time of a tenth of them{goal('ten times')}")
+        asyncio.run(change_indexes(cluster.url(OWNER), AS_OF))
+        for n in scales:
+            rate, _ = show("lateral", n, [child(folder, "lateral", url, str(n))])
+            told.append(f"{n:,} spine rows: ours is {n / took[n] / rate:.1f} x lateral")
+    print("\n" + "\n".join(f"- {line}" for line in told))
 
 
-def join(url: str, folder: Path, n: int, rounds: int) -> None:
-    """The rivals in turns, and what ours is to each."""
+def join(url: str, folder: Path, n: int, rounds: int, told: list[str]) -> float:
+    """The rivals in turns, and what ours is to each; seconds of ours."""
     ways = {
         "ours": ("ours", url, str(n), "snapshot"),
         "bare": ("bare", "bare", str(n)),
@@ -282,20 +346,28 @@ def join(url: str, folder: Path, n: int, rounds: int) -> None:
     rates = {way: show(way, n, found) for way, found in results.items()}
     assert len({found[0]["rows"] for found in results.values()}) == 1, "they do not answer the same"
     if (feasts := feast(folder, n)) is None:
-        print(f"{'feast':12}{n:>10,}   did not end in {PATIENCE_S:.0f} s and 8 GB")
+        print(f"| feast | {n:,} | not within {PATIENCE_S:.0f} s and its memory | | | |", flush=True)
     else:
         rates["feast"] = show("feast", n, [feasts])
-    for kind, name in enumerate(("", " by CPU")):
-        ratios = [f"{rates['ours'][kind] / rate[kind]:.2f} x {way}" for way, rate in rates.items() if way != "ours"]
-        print(f"ours{name} is " + ", ".join(ratios))
-    print(flush=True)
+    for way, rate in rates.items():
+        if way != "ours":
+            clock, cpu = (mine / other for mine, other in zip(rates["ours"], rate, strict=True))
+            told.append(f"{n:,} spine rows: ours is {clock:.2f} x {way}{goal(way)}, {cpu:.2f} x by CPU")
+    seconds: float = statistics.median(result["s"] for result in results["ours"])
+    return seconds
 
 
-async def without_indexes(owner: str) -> None:
-    """Only to load faster: neither sealing nor snapshots use them."""
+AS_OF = """
+    CREATE INDEX feature_rows_as_of ON store.feature_rows (feature_set, entity_id, event_time DESC, created_at DESC, seq DESC);
+    ANALYZE store.feature_rows
+"""
+
+
+async def change_indexes(owner: str, *statements: str) -> None:
+    """Neither sealing nor snapshots use them; without, loading takes less time."""
     connection = await asyncpg.connect(owner)
-    for index in ("feature_rows_as_of", "feature_rows_values"):
-        await connection.execute(f"DROP INDEX store.{index}")
+    for statement in statements:
+        await connection.execute(statement)
     await connection.close()
 
 

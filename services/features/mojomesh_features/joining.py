@@ -13,6 +13,19 @@ _ORDER = "event_us::HUGEINT * 9223372036854775808 + created_us"
 _MICROSECOND = timedelta(microseconds=1)
 
 
+def numbered_entities(plan: Plan, views: Mapping[str, str]) -> str:
+    """What makes the table `entities` that the queries below need: entity_id and a number, in their order, for each that the spine names.
+
+    Rows are joined and sorted by these numbers, which spares a third of what it takes by texts.
+    """
+    named = dict.fromkeys(["entity_id", *(feature_column(source.join) for source in plan.sources if source.join)])
+    entity_ids = " UNION ".join(f"SELECT DISTINCT {column} AS entity_id FROM {views[plan.model.spine]}" for column in named)
+    return f"""
+        CREATE OR REPLACE TEMP TABLE entities AS
+        SELECT entity_id, (row_number() OVER (ORDER BY entity_id))::INTEGER AS entity FROM ({entity_ids})
+    """
+
+
 def training_rows(plan: Plan, views: Mapping[str, str]) -> str:
     """The training rows of `plan`, one for each entity and event_time of the spine that has a label, in the order of the snapshot.
 
@@ -29,11 +42,11 @@ def training_rows(plan: Plan, views: Mapping[str, str]) -> str:
         FROM ({_spine(plan, views)}) AS spine
         ASOF JOIN (
             SELECT *, event_us::HUGEINT * 9223372036854775808 + (9223372036854775807 - created_us) AS place
-            FROM {views[model.label.feature_set]}
-        ) AS outcome ON spine.entity_id = outcome.entity_id AND spine.event_us::HUGEINT * 9223372036854775808 <= outcome.place
+            FROM {_numbered(views[model.label.feature_set])}
+        ) AS outcome ON spine.entity = outcome.entity AND spine.event_us::HUGEINT * 9223372036854775808 <= outcome.place
         {_joins(plan, views)}
         WHERE {label} IS NOT NULL {within}
-        ORDER BY {_milliseconds("spine")}, spine.entity_id, spine.event_us
+        ORDER BY {_milliseconds("spine")}, spine.entity, spine.event_us
     """
 
 
@@ -46,7 +59,7 @@ def asked_rows(plan: Plan, views: Mapping[str, str]) -> str:
         SELECT n{_columns(plan)}
         FROM (
             SELECT asked.n, asked.event_us, was.* EXCLUDE (event_us)
-            FROM asked ASOF JOIN (SELECT *, {_ORDER} AS place FROM {views[plan.model.spine]}) AS was
+            FROM asked ASOF JOIN (SELECT *, {_ORDER} AS place FROM ({_naming(plan, views)})) AS was
             ON asked.entity_id = was.entity_id AND asked.event_us::HUGEINT * 9223372036854775808 + 9223372036854775807 >= was.place
         ) AS spine
         {_joins(plan, views)}
@@ -70,7 +83,20 @@ def _spine(plan: Plan, views: Mapping[str, str]) -> str:
     if plan.model.known_at == "row":
         order = "reported_us <= event_us, CASE WHEN reported_us <= event_us THEN created_us ELSE -created_us END"
     # The last in that order; looking for one that follows costs half of numbering all.
-    return f"FROM {views[plan.model.spine]} QUALIFY lead(true) OVER (PARTITION BY entity_id, event_us ORDER BY {order}) IS NULL"
+    return f"FROM ({_naming(plan, views)}) QUALIFY lead(true) OVER (PARTITION BY entity, event_us ORDER BY {order}) IS NULL"
+
+
+def _naming(plan: Plan, views: Mapping[str, str]) -> str:
+    """The rows of the spine with the numbers of the entities that they name: `entity`, their own, and `entity_<n>` of the `n`th source."""
+    named = [(f"entity_{n}", feature_column(source.join)) for n, source in enumerate(plan.sources) if source.join]
+    numbers = "".join(f", {name}.entity AS {name}" for name, _ in named)
+    joins = " ".join(f"LEFT JOIN entities AS {name} ON stored.{column} = {name}.entity_id" for name, column in named)
+    return f"SELECT stored.*{numbers} FROM {_numbered(views[plan.model.spine])} AS stored {joins}"
+
+
+def _numbered(view: str) -> str:
+    """The rows of a view with the numbers of their entities; those of entities that the spine does not name are left out."""
+    return f"(FROM {view} JOIN entities USING (entity_id))"
 
 
 def _joined(plan: Plan, n: int, source: Source, views: Mapping[str, str]) -> str:
@@ -79,19 +105,20 @@ def _joined(plan: Plan, n: int, source: Source, views: Mapping[str, str]) -> str
     By row: a row can be used from the later of its event time and its report on. It is of use only if none that could be used by then
     comes after it, and among those left the last that can be used is the one.
     """
-    joined_by = "entity_id" if source.join is None else feature_column(source.join)
+    joined_by = "entity" if source.join is None else f"entity_{n}"
+    known = _numbered(views[source.feature_set])
     if plan.model.known_at == "row":
         rows = f"""
             SELECT * FROM (
-                SELECT *, {_ORDER} AS place, max({_ORDER}) OVER (PARTITION BY entity_id ORDER BY usable_us) AS last_place
-                FROM (SELECT *, greatest(event_us, reported_us) AS usable_us FROM {views[source.feature_set]})
+                SELECT *, {_ORDER} AS place, max({_ORDER}) OVER (PARTITION BY entity ORDER BY usable_us) AS last_place
+                FROM (SELECT *, greatest(event_us, reported_us) AS usable_us FROM {known})
             ) WHERE place = last_place
         """
         condition = f"spine.event_us >= source_{n}.usable_us"
     else:
-        rows = f"SELECT *, {_ORDER} AS place FROM {views[source.feature_set]}"
+        rows = f"SELECT *, {_ORDER} AS place FROM {known}"
         condition = f"spine.event_us::HUGEINT * 9223372036854775808 + 9223372036854775807 >= source_{n}.place"
-    return f"ASOF LEFT JOIN ({rows}) AS source_{n} ON spine.{joined_by} = source_{n}.entity_id AND {condition}"
+    return f"ASOF LEFT JOIN ({rows}) AS source_{n} ON spine.{joined_by} = source_{n}.entity AND {condition}"
 
 
 def input_column(n: int, name: str | None) -> str:

@@ -84,10 +84,10 @@ class KnownRows:
 
     def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
         cursor.execute(f"""
-            SELECT entity_id, event_time, reported_at, created_at, seq, "values"::text AS vector FROM store.feature_rows
+            SELECT entity_id, event_time, reported_at, created_at, seq, "values" AS vector FROM store.feature_rows
             WHERE feature_set = '{self._feature_set}' AND {self._known()} AND {self._counts(sealed)}
         """)
-        db.register("arriving", cursor.fetch_record_batch())
+        db.register("arriving", cursor.fetch_arrow())
         features = "".join(f', vector."{name}"' for name in self._features)
         db.execute(f"""
             INSERT INTO {self._tail} SELECT entity_id, {_TIMES}, seq{features}

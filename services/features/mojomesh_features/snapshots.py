@@ -26,7 +26,7 @@ from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Feature, Label
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.deriving import with_derived
-from mojomesh_features.joining import asked_rows, training_rows
+from mojomesh_features.joining import asked_rows, numbered_entities, training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
@@ -62,6 +62,7 @@ class Snapshots:
         """
         _check_names(plan)
         async with self._reading(_needed(plan, label), snapshot_time) as (db, views, folder):
+            await asyncio.to_thread(db.execute, numbered_entities(plan, views))
             file = folder / "snapshot.parquet"
             query = training_rows(plan, views)
             if plan.derived:
@@ -154,6 +155,7 @@ def _vectors(
     then = {feature_set: f'"known {feature_set}"' for feature_set in views}
     for feature_set, view in views.items():
         db.execute(f"CREATE OR REPLACE TEMP VIEW {then[feature_set]} AS SELECT * FROM {view} WHERE created_us <= {known_us}")
+    db.execute(numbered_entities(plan, then))
     query = asked_rows(plan, then)
     if plan.derived:
         query = with_derived(db, plan, then, query, ["n"])
@@ -188,38 +190,35 @@ def _write(db: duckdb.DuckDBPyConnection, query: str, label: Label, to: Path) ->
     rows = f"({query})"
     if label.type == "binary":  # an integer; one that is no label is written as 2, and told
         rows = f"(SELECT * REPLACE (CASE WHEN label IN (0, 1) THEN CAST(label AS INTEGER) ELSE 2 END AS label) FROM {rows})"
-    db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)")
+    ((n_rows,),) = db.execute(f"COPY {rows} TO '{to}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)").fetchall()
     if label.type == "binary" and db.execute(f"SELECT 1 FROM '{to}' WHERE label = 2 LIMIT 1").fetchone():
         wrong, entity_id = db.execute(f"SELECT label, entity_id FROM ({query}) WHERE label NOT IN (0, 1) LIMIT 1").fetchall()[0]
         raise UnusableDefinition(f"a binary label is 0 or 1 (or false, true); that of '{entity_id}' is {wrong:g}")
-    return _digest(db.sql(f"FROM '{to}'").to_arrow_reader(_BATCH))
+    return _digest(db, to), n_rows
 
 
-def _digest(rows: pa.RecordBatchReader) -> tuple[str, int]:
-    """SHA-256 of rows in their order, and their number: of names, types and values, whatever the file's bytes or the batches."""
-    parts = {field.name: tuple(hashlib.sha256() for _ in range(3)) for field in rows.schema}
-    n_rows = 0
-    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
-        for batch in rows:
-            n_rows += batch.num_rows
-            list(threads.map(_hash_column, batch.columns, parts.values()))
-    whole = hashlib.sha256()
-    for field in rows.schema:
-        whole.update(f"{field.name} {field.type} {' '.join(part.hexdigest() for part in parts[field.name])}\n".encode())
-    return whole.hexdigest(), n_rows
+def _digest(db: duckdb.DuckDBPyConnection, file: Path) -> str:
+    """SHA-256 of a file's rows in their order: of names, types and values, whatever its bytes."""
+    names = db.sql(f"FROM '{file}'").columns
+    with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter
+        columns = list(threads.map(lambda name: _digest_of_column(db.cursor(), file, name), names))
+    return hashlib.sha256("".join(columns).encode()).hexdigest()
 
 
-def _hash_column(column: pa.Array, hashes: tuple["hashlib._Hash", ...]) -> None:
-    """Add a column of a batch to the hashes of which values there are, of how long the texts are, and of the values."""
-    present, sizes, content = hashes
-    present.update(np.asarray(pc.is_valid(column)).astype(np.uint8).tobytes())
-    if pa.types.is_string(column.type):
-        offsets, text = _texts(pc.fill_null(column, ""))
-        sizes.update(np.diff(offsets).astype("<i8").tobytes())
-        content.update(text)
-    else:
-        values = np.asarray(pc.fill_null(column, 0))
-        content.update((values + values.dtype.type(0)).tobytes())  # adding 0 makes -0.0 the 0.0 that it equals
+def _digest_of_column(db: duckdb.DuckDBPyConnection, file: Path, name: str) -> str:
+    """A line of a column's name, type and hashes: of which values there are, of how long the texts are, and of the values."""
+    present, sizes, content = (hashlib.sha256() for _ in range(3))
+    batches = db.sql(f"""SELECT "{name}" FROM '{file}'""").to_arrow_reader(_BATCH)
+    for (column,) in batches:
+        present.update(np.asarray(pc.is_valid(column)).astype(np.uint8).tobytes())
+        if pa.types.is_string(column.type):
+            offsets, text = _texts(pc.fill_null(column, ""))
+            sizes.update(np.diff(offsets).astype("<i8").tobytes())
+            content.update(text)
+        else:
+            values = np.asarray(pc.fill_null(column, 0))
+            content.update((values + values.dtype.type(0)).tobytes())  # adding 0 makes -0.0 the 0.0 that it equals
+    return f"{name} {batches.schema.field(0).type} {present.hexdigest()} {sizes.hexdigest()} {content.hexdigest()}\n"
 
 
 def _texts(column: pa.StringArray) -> tuple[NDArray[np.int32], memoryview]:

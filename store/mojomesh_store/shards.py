@@ -102,18 +102,24 @@ class FeatureStore:
         """On how many shards this process places entities: what a shard says of it counts more, see `check_reading`."""
         return self._router.n_shards
 
-    async def check_reading(self, db: AsyncSession, shard: Shard) -> None:
+    async def check_reading(self, db: AsyncSession, shard: Shard, n_placed: int) -> None:
         """Called after reading and before the answer is believed.
+
+        Args:
+            n_placed: `self.n_placed` when the shard was chosen; meanwhile somebody else may have been told of another.
 
         Raises:
             Moved: The entities are placed otherwise by now; read again.
             TooFewShards: So that this process cannot reach some.
         """
         n_shards = (await db.execute(text("SELECT n_shards FROM store.shard"))).scalar_one()
-        self._check(shard, n_shards)
+        self._check(shard, n_shards, n_placed)
 
-    async def check_writing(self, db: AsyncSession, shard: Shard) -> None:
+    async def check_writing(self, db: AsyncSession, shard: Shard, n_placed: int) -> None:
         """Called after `rows.write_time`, which keeps the answer true until the transaction ends.
+
+        Args:
+            n_placed: `self.n_placed` when the shard was chosen.
 
         Raises:
             Moved: The entities are placed otherwise by now; write again.
@@ -122,13 +128,13 @@ class FeatureStore:
         """
         asked = text("SELECT coalesce(next_n_shards, n_shards), counts_after = 'infinity' FROM store.shard")
         n_shards, is_closed = (await db.execute(asked)).one()
-        self._check(shard, n_shards)
+        self._check(shard, n_shards, n_placed)
         if is_closed:
             raise ShardAway(f"shard {shard.number} is being filled, and with it the entities that it will hold have to wait")
 
-    def _check(self, shard: Shard, n_shards: int | None) -> None:
-        # A shard that knows of fewer than we do, but of itself, has not heard yet; the entities that we place there were always there.
-        if n_shards is None or shard.number < n_shards <= self.n_placed:
+    def _check(self, shard: Shard, n_shards: int | None, n_placed: int) -> None:
+        # A shard that knows of fewer than we did, but of itself, has not heard yet; the entities that we placed there were always there.
+        if n_shards is None or shard.number < n_shards <= n_placed:
             return
         if n_shards > len(self.shards):
             raise TooFewShards(f"entities are placed on {n_shards} shards; MOJOMESH_POSTGRES names only {len(self.shards)} of them")
@@ -175,7 +181,7 @@ class FeatureStore:
         async def clock(shard: Shard) -> datetime:
             async with shard.begin() as db:
                 with suppress(Moved):  # wherever they are, it sees them
-                    await self.check_reading(db, shard)
+                    await self.check_reading(db, shard, self.n_placed)
                 return await rows.snapshot_clock(db)
 
         now = max([await clock(shard) for shard in self.shards])

@@ -147,10 +147,11 @@ class World:
             with suppress(Moved):
                 async with AsyncExitStack() as stack:
                     rows: list[FeatureRow] = []
+                    n_placed = self.store.n_placed
                     for shard, part in self.store.split(batch):
                         db = await stack.enter_async_context(shard.begin())
                         await store_rows.write_time(db)
-                        await self.store.check_writing(db, shard)
+                        await self.store.check_writing(db, shard, n_placed)
                         rows += await store_rows.append(db, part)
                     return Writer(stack.pop_all(), rows)
 

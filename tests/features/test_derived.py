@@ -164,7 +164,7 @@ class CountsWhatWasCorrected(WindowReader):
     stored: Sequence[FeatureRow] = ()
 
     async def found(
-        self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
+        self, shard: Shard, n_placed: int, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         return [
             Fact(n, row.event_time, row.entity_id, [row.values.get(name) for name in features])
@@ -258,7 +258,7 @@ class FromMemory(WindowReader):
     n_read = 0
 
     async def found(
-        self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
+        self, shard: Shard, n_placed: int, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         found = [
             Fact(n, at, entity_id, [value])

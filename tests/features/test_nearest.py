@@ -47,7 +47,7 @@ def article(entity_id: str, at: datetime, vector: Sequence[float] | None) -> Eve
 async def store(feature_store: FeatureStore, *events: EventReceived) -> list[FeatureRow]:
     stored = []
     for shard, part in feature_store.split(events):
-        stored += await checking.append(feature_store, shard, part, {}, {"articles": ARTICLES})
+        stored += await checking.append(feature_store, feature_store.n_placed, shard, part, {}, {"articles": ARTICLES})
     return stored
 
 
@@ -214,7 +214,7 @@ async def test_other_distances(distance: str, feature_store: FeatureStore) -> No
     declared = articles({"type": "vector(2)", "distance": distance})
     for name, vector in {"far": [9.0, 9.0], "close": [1.0, 1.0]}.items():
         event = article(name, NOON, None).model_copy(update={"vectors": {"embedding": vector}})
-        await checking.append(feature_store, shard, [event], {}, {"articles": declared})
+        await checking.append(feature_store, feature_store.n_placed, shard, [event], {}, {"articles": declared})
 
     async with shard.begin() as db:
         near = await embeddings.nearest(db, asked([1, 1])._replace(declared=declared.vectors["embedding"]))

@@ -179,6 +179,9 @@ def test_entities_move_to_a_shard_that_was_added(mojomesh: Type, told: Callable[
     assert mojomesh("store", "seal") == (0, "Everything is sealed.\n", "")
     assert mojomesh("store", "rebalance") == (0, "Every shard has its share.\n", "")
 
+    told("spread", **{pump: shaking + 0.5 for pump, shaking in pumps.items()})  # corrections, each stored where its entity is by now
+    until(lambda: rows_of("spread") == [2 * (40 - second), 2 * second], "not stored where entities are placed")
+
 
 @pytest.mark.parametrize(
     ("words", "reason"),

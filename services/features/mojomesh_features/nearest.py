@@ -34,19 +34,22 @@ class Neighbours:
             self._retired.check_known(asked.feature_set, None)
             await self._feature_store.pass_snapshot(asked.snapshot_time)
 
+        n_placed = self._feature_store.n_placed
         try:
-            found = await asyncio.gather(*(self._on(shard, asked, exact) for shard in self._feature_store.shards))
+            found = await asyncio.gather(*(self._on(shard, n_placed, asked, exact) for shard in self._feature_store.shards))
+            if self._feature_store.n_placed != n_placed:
+                raise Moved("entities were placed otherwise while some shards had answered")
         except Moved:
             return await self.nearest(asked, as_known_then, exact)
         return heapq.nsmallest(asked.k, (near for part in found for near in part), key=lambda near: (near.distance, near.entity_id))
 
-    async def _on(self, shard: Shard, asked: Asked, exact: bool) -> list[Near]:
+    async def _on(self, shard: Shard, n_placed: int, asked: Asked, exact: bool) -> list[Near]:
         """The nearest of the entities that have their place on this shard; it may hold copies of others, while entities move."""
         k = asked.k
         while True:
             async with shard.begin() as db:
                 found = await embeddings.nearest(db, asked._replace(k=k), exact)
-                await self._feature_store.check_reading(db, shard)
+                await self._feature_store.check_reading(db, shard, n_placed)
             own = [near for near in found if self._feature_store.shard_of(near.entity_id) is shard]
             if len(own) >= asked.k or len(found) < k:
                 return own

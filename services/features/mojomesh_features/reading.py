@@ -139,11 +139,12 @@ class FeatureReader:
             try:
                 async with shard.begin(PATIENCE_S) as db:
                     answers = await load(db, feature_set, part)
-                    await self._feature_store.check_reading(db, shard)
+                    await self._feature_store.check_reading(db, shard, n_placed)
                 return dict(zip(part, answers, strict=True))
             except TransientError as error:
                 return dict.fromkeys(part, error)
 
+        n_placed = self._feature_store.n_placed
         parts: dict[tuple[Shard, str], list[Thing]] = {}
         for thing in things:
             feature_set, entity_id = entity_of(thing)

@@ -35,20 +35,21 @@ class WindowReader:
         Raises:
             Gone: Events in a window have left PostgreSQL.
         """
+        n_placed = self._feature_store.n_placed
         alike: dict[_OfOneKey, list[WindowAsked]] = defaultdict(list)
         for window in asked:
             aggregate, key, at_us = window
             self._retired.check(aggregate.feature_set, at_us - aggregate.window_us)
             # What is found by its entity lies on one shard, anything else on all.
             entity_id = next((part for name, part in zip(aggregate.theirs, key, strict=True) if name is None), None)
-            everywhere = self._feature_store.shards[: self._feature_store.n_placed]
+            everywhere = self._feature_store.shards[:n_placed]
             shards = everywhere if entity_id is None else (self._feature_store.shard_of(entity_id),)
             alike[aggregate.feature_set, aggregate.theirs, shards].append(window)
         answers: dict[WindowAsked, FeatureValue] = {}
         again: list[WindowAsked] = []
         for (feature_set, by, shards), windows in alike.items():
             try:
-                answers |= await self._read(feature_set, by, shards, windows)
+                answers |= await self._read(feature_set, by, shards, n_placed, windows)
             except Moved:
                 again += windows
             except TransientError as error:
@@ -56,26 +57,25 @@ class WindowReader:
         return answers | await self.at(again, away) if again else answers
 
     async def _read(
-        self, feature_set: str, by: Sequence[str | None], shards: Sequence[Shard], asked: Sequence[WindowAsked]
+        self, feature_set: str, by: Sequence[str | None], shards: Sequence[Shard], n_placed: int, asked: Sequence[WindowAsked]
     ) -> dict[WindowAsked, FeatureValue]:
         kinds = {aggregate.feature: aggregate.kind for aggregate, _, _ in asked if aggregate.feature is not None}
         spans, numbers = _spans(asked)
-        n_placed = self._feature_store.n_placed
-        parts = await asyncio.gather(*(self.found(shard, feature_set, by, list(kinds), spans) for shard in shards))
+        parts = await asyncio.gather(*(self.found(shard, n_placed, feature_set, by, list(kinds), spans) for shard in shards))
         if self._feature_store.n_placed != n_placed:
-            raise Moved("entities were placed otherwise while some shards had answered")
+            raise Moved("entities are placed otherwise than when the shards were chosen")
         # While entities move their events are on two shards: those count that are where the entity is.
         place = self._feature_store.shard_of
         found = [fact for shard, part in zip(shards, parts, strict=True) for fact in part if place(fact.entity_id) is shard]
         return await asyncio.to_thread(_aggregated, asked, numbers, _facts(found, kinds))
 
     async def found(
-        self, shard: Shard, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
+        self, shard: Shard, n_placed: int, feature_set: str, by: Sequence[str | None], features: Sequence[str], spans: Sequence[Span]
     ) -> list[Fact]:
         """The events of a shard in each span, in no order."""
         async with shard.begin(PATIENCE_S) as db:
             facts = await facts_of(db, feature_set, by, features, spans)
-            await self._feature_store.check_reading(db, shard)
+            await self._feature_store.check_reading(db, shard, n_placed)
             return facts
 
 

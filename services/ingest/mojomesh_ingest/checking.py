@@ -57,14 +57,17 @@ async def hold_back(
 
 async def _settled(events: Sequence[Arrival], feature_store: FeatureStore) -> set[RowId]:
     found: set[RowId] = set()
+    n_placed = feature_store.n_placed
     for shard, part in feature_store.split(events):
         async with shard.begin() as db:
             found |= await rows.settled(db, part)
+            await feature_store.check_reading(db, shard, n_placed)
     return found
 
 
 async def append(
     feature_store: FeatureStore,
+    n_placed: int,
     shard: Shard,
     events: Sequence[Arrival],
     problems: Problems,
@@ -73,7 +76,7 @@ async def append(
     """Store events of one shard, and count what is new of the feature sets that something is expected of."""
     async with shard.begin() as db:
         created_at = await rows.write_time(db)
-        await feature_store.check_writing(db, shard)
+        await feature_store.check_writing(db, shard, n_placed)
         stored, new = await rows.append_at(db, events, created_at)
         await embeddings.save(db, events, new, feature_sets)
         counts: dict[str, Tally] = {}

@@ -47,12 +47,12 @@ async def on_events_received(
     if reasons := {index: problem for index, problem in enumerate(problems) if problem}:
         raise Rejected(reasons)
     feature_sets = definitions.feature_sets
-    parts = feature_store.split(events)
+    n_placed, parts = feature_store.n_placed, feature_store.split(events)
     if len(feature_store.shards) == 1:
-        return await _store(feature_store, *parts[0], feature_sets)
-    waiting = await parking.queues(feature_store.n_placed)
+        return await _store(feature_store, n_placed, *parts[0], feature_sets)
+    waiting = await parking.queues(n_placed)
     storing: dict[Shard, Awaitable[list[Event | EncodedEvent]]] = {
-        shard: asyncio.wait_for(_store(feature_store, shard, part, feature_sets), PATIENCE_S)
+        shard: asyncio.wait_for(_store(feature_store, n_placed, shard, part, feature_sets), PATIENCE_S)
         for shard, part in parts
         if parking.queue_of(shard) not in waiting
     }
@@ -75,17 +75,20 @@ async def on_events_received(
 async def on_events_parked(events: list[EventParked], feature_store: FeatureStore, definitions: Definitions) -> list[Event | EncodedEvent]:
     """Store what waited for its shard, in the order in which it came; it waits on while the shard is away."""
     async with asyncio.timeout(MOST_PATIENCE_S):
-        parts = feature_store.split(parked.event for parked in events)
-        return [event for shard, part in parts for event in await _store(feature_store, shard, part, definitions.feature_sets)]
+        n_placed, parts = feature_store.n_placed, feature_store.split(parked.event for parked in events)
+        stored = [await _store(feature_store, n_placed, shard, part, definitions.feature_sets) for shard, part in parts]
+        return [event for part in stored for event in part]
 
 
 async def _store(
-    feature_store: FeatureStore, shard: Shard, events: Sequence[Arrival], feature_sets: Mapping[str, FeatureSet]
+    feature_store: FeatureStore, n_placed: int, shard: Shard, events: Sequence[Arrival], feature_sets: Mapping[str, FeatureSet]
 ) -> list[Event | EncodedEvent]:
     """Store events of one shard; what announces them."""
     odd = checking.problems_of(events, feature_sets)
     held = await checking.hold_back(events, odd, feature_sets, feature_store)
-    stored = await checking.append(feature_store, shard, [event for event in events if row_id(event) not in held], odd, feature_sets)
+    stored = await checking.append(
+        feature_store, n_placed, shard, [event for event in events if row_id(event) not in held], odd, feature_sets
+    )
     return [announcement(row) for row in stored]
 
 

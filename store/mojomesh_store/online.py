@@ -424,12 +424,14 @@ def _warn_of_layout(entity: Entity) -> None:
 def _as_stored(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:
     """Values as they come back from JSONB, byte by byte: keys in its order, no negative zero, no exponents."""
     names = sorted(values, key=lambda name: (len(name.encode()), name.encode()))
-    return {name: _number_as_stored(value) if isinstance(value, float) else value for name in names for value in (values[name],)}
+    return {
+        name: value if isinstance(value, str | bool | None) else _number_as_stored(value) for name in names for value in (values[name],)
+    }
 
 
 def _number_as_stored(value: float) -> float:
     if abs(value) < _SHORTEST_EXPONENT:
-        return value + 0.0
+        return value + 0  # makes -0.0 the 0.0 that it equals
     digits: float = orjson.loads(format(Decimal(repr(value)), "f"))
     return digits
 

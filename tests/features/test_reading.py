@@ -107,7 +107,27 @@ async def test_a_row_that_was_announced_is_read(counting: Counting, online: Onli
 
 async def test_what_was_announced_is_read_byte_by_byte_as_what_is_stored(feature_store: FeatureStore, append: Append) -> None:
     """JSONB keeps neither the order of names nor the sign of zero nor exponents."""
-    numbers = [-0.0, 0.0, 1.0, 1.5, -1e15, 1e15, 1e16, -1e16, 123456789012345680.0, 2.0**63, 2.0**64, 1e22, -1.5e300, 1e-7, 5e-324, 0.1]
+    numbers = [
+        -0.0,
+        0.0,
+        1.0,
+        1.5,
+        -1e15,
+        1e15,
+        1e16,
+        -1e16,
+        123456789012345680.0,
+        2.0**63,
+        2.0**64,
+        2**63,
+        2**64,
+        -(10**30),
+        1e22,
+        -1.5e300,
+        1e-7,
+        5e-324,
+        0.1,
+    ]
     row = await append("flights", "UA1545", NOON, ü=1, z="zwölf\n", aa=None, **{f"n{n}": value for n, value in enumerate(numbers)})
     async with feature_store.shards[0].begin() as db:
         ((stored,),) = await rows.newest_of_many(db, "flights", ["UA1545"], 1)

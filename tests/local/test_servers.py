@@ -13,6 +13,7 @@ from aiokafka.errors import UnknownTopicOrPartitionError
 from redis import Redis
 
 from mojomesh_chassis.topics import declared_topics
+from mojomesh_local.postgres import SETTINGS
 
 
 async def test_a_database_has_pgvector_and_roles_that_differ(postgres: Any) -> None:
@@ -23,7 +24,8 @@ async def test_a_database_has_pgvector_and_roles_that_differ(postgres: Any) -> N
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await service.execute("SELECT v FROM mine")
 
-    assert await owner.fetchval("SHOW fsync") == "on"
+    assert await owner.fetchval("SHOW synchronous_commit") == "on"
+    assert SETTINGS.keys().isdisjoint({"fsync", "synchronous_commit", "full_page_writes"})  # only tests turn one off
     await service.close()
     await owner.close()
 

@@ -288,7 +288,7 @@ class FeatureSet(Definition):
         """
         types: dict[Kind, Any] = {"number": float, "category": Annotated[str, Field(pattern="^[^\x00]*$")], "boolean": bool}
         fields = {name: Annotated[types[of.type], Field(ge=of.min, le=of.max)] | None for name, of in self.features.items()}
-        usual = TypedDict("usual", fields, total=False)  # type: ignore[misc]
+        usual = TypedDict("usual", fields, total=False)  # type: ignore[misc]  # mypy wants the fields written out
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         return TypeAdapter(with_config(config)(usual)).validator.isinstance_python
 

@@ -53,6 +53,19 @@ class Handled:
         return [event_id for call in self.calls for event_id in call]
 
 
+class Busy(Handled):
+    """A handler that is busy with what it was given until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = asyncio.Event()
+
+    async def on_events(self, batch: list[EventReceived]) -> list[Event]:
+        self.note(batch)
+        await self.go_on.wait()
+        return []
+
+
 @pytest.fixture
 def settings(mesh_env: dict[str, str], kafka: str) -> MeshSettings:
     return MeshSettings(**{**mesh_env, "MOJOMESH_KAFKA": kafka})  # type: ignore[arg-type]
@@ -95,20 +108,14 @@ async def test_events_come_in_the_order_of_their_key_and_batches_are_bounded(set
 
 
 async def test_a_batch_is_what_waits_one_event_that_came_alone_or_as_many_as_are_allowed(settings: MeshSettings, records: Any) -> None:
-    handled = Handled()
-    busy = asyncio.Event()
+    handled = Busy()
 
-    async def on_events(batch: list[EventReceived]) -> list[Event]:
-        handled.note(batch)
-        await busy.wait()
-        return []
-
-    async with running(settings, router_of(on_events, batch=500)) as publisher:
+    async with running(settings, router_of(handled.on_events, batch=500)) as publisher:
         await publisher.publish(make_events(1))
         while not handled.calls:
             await asyncio.sleep(0.01)
         await publisher.publish(make_events(1_200))
-        busy.set()
+        handled.go_on.set()
         await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
         for _ in range(3):
             await publisher.publish(make_events(1))
@@ -128,22 +135,16 @@ async def test_what_came_while_others_were_handled_is_one_batch(
     """The control: what aiokafka fetched first is a batch of its own, and all that came after it waits."""
     monkeypatch.setattr("mojomesh_chassis.consuming.AT_ONCE_S", at_once_s)
     monkeypatch.setattr("mojomesh_chassis.consuming.FETCH_MS", 5_000)
-    handled = Handled()
-    busy = asyncio.Event()
+    handled = Busy()
 
-    async def on_events(batch: list[EventReceived]) -> list[Event]:
-        handled.note(batch)
-        await busy.wait()
-        return []
-
-    async with running(settings, router_of(on_events)) as publisher:
+    async with running(settings, router_of(handled.on_events)) as publisher:
         await publisher.publish(make_events(1))
         while not handled.calls:
             await asyncio.sleep(0.01)
         await publisher.publish(make_events(1))
         await asyncio.sleep(0.5)  # it is fetched
         await publisher.publish(make_events(50))
-        busy.set()
+        handled.go_on.set()
         await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
 
     assert [len(call) for call in handled.calls] == sizes

@@ -28,6 +28,7 @@ class Apart(Coalescer[Key, Value]):
 
 
 if __name__ == "__main__":
-    app.OnlineStore = Trusting  # type: ignore[attr-defined]
-    reading.Coalescer = Apart  # type: ignore[attr-defined]
+    # The modules do not export what they import, but it is there that it must be another.
+    app.OnlineStore = Trusting  # type: ignore[attr-defined]  # see above
+    reading.Coalescer = Apart  # type: ignore[attr-defined]  # see above
     serve("features", app.build, FeaturesSettings)

@@ -32,7 +32,7 @@ from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.online import microseconds
-from mojomesh_store.shards import FeatureStore
+from mojomesh_store.shards import FeatureStore, Shard
 from mojomesh_store.vectors import Plan
 
 _LABELS = {"binary": ("boolean", "number"), "number": ("number",), "multiclass": ("category",)}
@@ -118,8 +118,7 @@ class Snapshots:
             await asyncio.to_thread(read_known, known, self._shard_urls, db)
         except (dbapi.Error, duckdb.Error):
             # A connection that breaks has many names in the two libraries; to ask the shards tells whether one of them did it.
-            for shard in self._feature_store.shards:
-                await shard.answer()
+            await self._feature_store.each(Shard.answer)
             raise
 
 

@@ -166,14 +166,16 @@ async def ours(url: str, folder: Path, n: int, known_at: str) -> dict[str, Any]:
 
 
 def bare(folder: Path, n: int, corrected: str) -> dict[str, Any]:
-    """`corrected`: rows to join instead of a file's, and the order of an entity's rows."""
-    rows, order, last = {
-        "bare": ("'{}'", "epoch_us({0}event_time)::HUGEINT * 9223372036854775808 + epoch_us({0}created_at)", " + 9223372036854775807"),
-        "row_number": (
-            "(FROM '{}' QUALIFY row_number() OVER (PARTITION BY entity_id, event_time ORDER BY created_at DESC, seq DESC) = 1)",
-            "epoch_us({0}event_time)",
-            "",
+    """`corrected`: of the spine the last versions, rows to join instead of a file's, and the order of an entity's rows."""
+    numbered = "row_number() OVER (PARTITION BY entity_id, event_time ORDER BY created_at DESC, seq DESC) = 1"
+    spine, rows, order, last = {
+        "bare": (
+            "lead(true) OVER (PARTITION BY entity_id, event_time ORDER BY created_at, seq) IS NULL",
+            "'{}'",
+            "epoch_us({0}event_time)::HUGEINT * 9223372036854775808 + epoch_us({0}created_at)",
+            " + 9223372036854775807",
         ),
+        "row_number": (numbered, f"(FROM '{{}}' QUALIFY {numbered})", "epoch_us({0}event_time)", ""),
     }[corrected]
     table = {name: rows.format(folder / f"{name}-{n}.parquet") for name in SETS}
     at = f"{order.format('').replace('epoch_us(created_at)', '0')}{last}"
@@ -183,8 +185,7 @@ def bare(folder: Path, n: int, corrected: str) -> dict[str, Any]:
         SELECT spine.entity_id, spine.event_time, outcome.event_time AS label_time, late::INTEGER AS label, distance, hour, {used}
         FROM (
             SELECT *, {at} AS at, {order.format("").replace("epoch_us(created_at)", "0")} AS since
-            FROM (FROM '{folder / f"trips-{n}.parquet"}'
-                QUALIFY lead(true) OVER (PARTITION BY entity_id, event_time ORDER BY created_at, seq) IS NULL)
+            FROM (FROM '{folder / f"trips-{n}.parquet"}' QUALIFY {spine})
         ) AS spine
         ASOF JOIN (SELECT *, {first} AS place FROM {table["outcomes"]}) AS outcome
             ON spine.entity_id = outcome.entity_id AND spine.since <= outcome.place
@@ -197,9 +198,8 @@ def bare(folder: Path, n: int, corrected: str) -> dict[str, Any]:
     out = folder / "bare.parquet"
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as spill, duckdb.connect(config=duckdb_config(MEMORY, Path(spill))) as db:
-        db.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet, COMPRESSION zstd)")
-        spent = time.perf_counter() - began
-        ((rows_out,),) = db.execute(f"SELECT count(*) FROM '{out}'").fetchall()
+        ((rows_out,),) = db.execute(f"COPY ({query}) TO '{out}' (FORMAT parquet, COMPRESSION zstd)").fetchall()
+    spent = time.perf_counter() - began
     return {"rows": rows_out, "s": spent}
 
 

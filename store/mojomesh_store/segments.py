@@ -42,8 +42,7 @@ _NAMES = ", ".join(Segment._fields)
 _UNSEALED = text("""
     WITH seconds AS (
         SELECT date_bin('1 second', created_at, 'epoch') AS second, count(*) AS n, sum(seq) AS seqs FROM store.feature_rows
-        WHERE feature_set = :feature_set AND created_at <= :watermark
-            AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
+        WHERE feature_set = :feature_set AND created_at <= :watermark AND created_at > :after
         GROUP BY 1
     ), growing AS (
         SELECT *, sum(n) OVER (ORDER BY second) AS so_far FROM seconds
@@ -78,7 +77,9 @@ async def sealed_until(db: AsyncSession, feature_set: str) -> datetime | None:
 
 async def unsealed(db: AsyncSession, feature_set: str, follows: datetime | None, watermark: datetime, most: int) -> Unsealed | None:
     """The rows created in (follows, watermark], and where to cut so that a segment has little more than `most`; None if there are none."""
-    asked = {"feature_set": feature_set, "follows": follows, "watermark": watermark, "most": most}
+    # Asked for on its own: the planner, told a value, reads a long tail from end to end and not by its index.
+    after = (await db.execute(text("SELECT greatest(:follows, counts_after) FROM store.shard"), {"follows": follows})).scalar_one()
+    asked = {"feature_set": feature_set, "after": after, "watermark": watermark, "most": most}
     found = (await db.execute(_UNSEALED, asked)).one_or_none()
     if found is None:
         return None

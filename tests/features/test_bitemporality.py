@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,6 +177,41 @@ class World:
         return taken, pq.read_table(self.objects.path_of(taken.path)).to_pylist()
 
 
+class Lent:
+    """A connection of ADBC's to a shard, as new as ever: it and its clones are rolled back and given back, not closed."""
+
+    def __init__(self, first: dbapi.Connection, idle: list[dbapi.Connection]) -> None:
+        self._first, self._idle = first, idle
+        self._own = idle.pop() if idle else first.adbc_clone()
+
+    def __enter__(self) -> "Lent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._own.rollback()
+        self._idle.append(self._own)
+
+    def cursor(self) -> dbapi.Cursor:
+        return self._own.cursor()
+
+    def adbc_clone(self) -> "Lent":
+        return Lent(self._first, self._idle)
+
+
+class Attached:
+    """A connection to a DuckDB database of its own in a DuckDB that runs; a cursor of one has to be told which it is."""
+
+    def __init__(self, cursor: duckdb.DuckDBPyConnection, name: str) -> None:
+        self._own, self._name = cursor, name
+        cursor.execute(f"USE {name}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def cursor(self) -> "Attached":
+        return Attached(self._own.cursor(), self._name)
+
+
 @contextmanager
 def quick_connections(urls: list[str]) -> Iterator[None]:
     """Open what takes longer to open than a snapshot of this size takes: ADBC learns a database's types, DuckDB starts.
@@ -185,26 +220,21 @@ def quick_connections(urls: list[str]) -> Iterator[None]:
     """
 
     @contextmanager
-    def transaction(url: str) -> Iterator[dbapi.Connection]:
-        try:
-            yield shards[url]
-        finally:
-            shards[url].rollback()
-
-    @contextmanager
-    def database(**_: object) -> Iterator[duckdb.DuckDBPyConnection]:
+    def database(**_: object) -> Iterator[Attached]:
         name = f"new_{next(numbers)}"
         with started.cursor() as db:
-            db.execute(f"ATTACH ':memory:' AS {name}; USE {name}")
-            yield db
+            db.execute(f"ATTACH ':memory:' AS {name}")
+            yield Attached(db, name)
         started.execute(f"DETACH {name}")
 
     numbers = count()
     with ExitStack() as stack:
         shards = {url: stack.enter_context(closing(dbapi.connect(url))) for url in urls}
+        idle: dict[str, list[dbapi.Connection]] = {url: [] for url in urls}
+        stack.callback(lambda: [connection.close() for connection in chain(*idle.values())])
         started = stack.enter_context(duckdb.connect())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(dbapi, "connect", transaction)
+        patch.setattr(dbapi, "connect", lambda url: Lent(shards[url], idle[url]))
         patch.setattr(duckdb, "connect", database)
         yield
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -19,15 +20,20 @@ _TIMES = ", ".join(f"epoch_us({time}_{at}) AS {time}_us" for time, at in (("even
 
 
 def read_known(known: Collection["KnownRows"], shard_urls: Sequence[str], db: duckdb.DuckDBPyConnection) -> None:
-    """Bring what is not sealed of these feature sets from PostgreSQL, and learn which segments hold the rest."""
-    for rows in known:
-        rows.create_tail(db)
-    for url in shard_urls:
-        with dbapi.connect(url) as shard, closing(shard.cursor()) as cursor:
+    """Bring what is not sealed of these feature sets from PostgreSQL, side by side, and learn which segments hold the rest."""
+
+    def read(rows: KnownRows, shard: dbapi.Connection, own: duckdb.DuckDBPyConnection) -> None:
+        with shard, closing(shard.cursor()) as cursor:
             # One transaction: no partition leaves the table between our look at the manifest and our reading of the tail.
             cursor.execute("LOCK TABLE store.feature_rows IN ACCESS SHARE MODE")
-            for rows in known:
-                rows.read_tail(cursor, db)
+            rows.read_tail(cursor, own)
+
+    for rows in known:
+        rows.create_tail(db)
+    with ThreadPoolExecutor() as threads:
+        for url in shard_urls:
+            with dbapi.connect(url) as first:  # learns PostgreSQL's types, which takes longer than all else; its clones know them
+                list(threads.map(read, known, [first.adbc_clone() for _ in known], [db.cursor() for _ in known]))
 
 
 def feature_column(name: str) -> str:

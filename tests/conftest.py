@@ -5,6 +5,7 @@ Kafka from containers instead of the embedded ones; the tests do not notice.
 """
 
 import asyncio
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -22,6 +24,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 from hypothesis import HealthCheck, settings
+from moto.server import ThreadedMotoServer
 from redis import Redis as RedisClient
 
 from mojomesh_chassis.topics import declared_topics, ensure_topics
@@ -293,6 +296,23 @@ def mage_env(server_folder: Path) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def mage_url(mage_env: dict[str, str]) -> str:
     return mage_env["MOJOMESH_MAGE"]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of a server that speaks S3's protocol, over HTTP; the variables that lead there are set."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it logs each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_REGION": "us-east-1"}
+    for name, value in ({"AWS_ENDPOINT": endpoint, "AWS_ALLOW_HTTP": "true"} | keys).items():
+        monkeypatch.setenv(name, value)
+    httpx.post(f"{endpoint}/moto-api/reset").raise_for_status()
+    httpx.put(f"{endpoint}/mesh").raise_for_status()
+    yield "s3://mesh/prefix"
+    server.stop()
 
 
 @pytest.fixture

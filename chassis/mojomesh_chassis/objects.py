@@ -55,7 +55,9 @@ class Objects:
             NotFound: There is none under `key`.
         """
         if self._folder is not None:
-            return self._folder / key
+            if not (path := self._folder / key).exists():
+                raise NotFound(f"no object '{key}' in {self._url}")
+            return path
         copy = folder / key.replace("/", "-")
         try:
             found = await obstore.get_async(self._store, key)

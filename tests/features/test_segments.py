@@ -1,6 +1,7 @@
 """Sealing moves history into files: every row into exactly one, whoever seals, is killed, or writes meanwhile."""
 
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -276,6 +277,31 @@ async def test_a_file_of_another_store_is_not_taken_for_ours(
     with pytest.raises(Conflict, match="belongs to another feature store"):
         await sealer.seal(definitions)
     assert await manifest(shard, "flights") == []
+
+
+async def test_in_s3_segments_and_snapshots_are_what_they_are_in_a_folder(
+    snapshots: Snapshots,
+    feature_store: FeatureStore,
+    postgres: Any,
+    append_all: AppendAll,
+    definitions: Definitions,
+    model: Model,
+    s3: str,
+    tmp_path: Path,
+) -> None:
+    rows = await some_rows(append_all)
+    before = await take(snapshots, model, definitions, rows[-1].created_at)
+    objects = open_objects(s3)
+
+    await Sealer(feature_store, [postgres.url], objects, tmp_path / "work", "256MB").seal(definitions)
+    after = await take(
+        Snapshots(feature_store, [postgres.url], objects, tmp_path / "work", "256MB"), model, definitions, rows[-1].created_at
+    )
+
+    segment = await objects.get("segments/flights/0-0000000000000000.parquet")
+    assert Counter(pq.read_table(io.BytesIO(segment))["event_id"].to_pylist()) == ids(rows, "flights")
+    assert after == before
+    assert await objects.exists(after.path)
 
 
 SEALS = """

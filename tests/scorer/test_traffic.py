@@ -61,6 +61,7 @@ async def test_an_entity_has_one_version_on_every_door_of_every_worker_and_its_s
 ) -> None:
     await registry.set_traffic("delay", 1, Challenger(version=2, bundle_digest=digests[2], buckets=BUCKETS))
     scorer = await start_scorer()
+    await beside(scorer, 2, [2])
     entities = [f"entity {number}" for number in range(250)]
     rows = dict(zip(entities, versions[1].rows, strict=False))
     wanted = {entity: versions[version_of(entity)].scores[place][1] for place, entity in enumerate(entities)}

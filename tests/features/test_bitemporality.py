@@ -201,15 +201,25 @@ class Lent:
 class Attached:
     """A connection to a DuckDB database of its own in a DuckDB that runs; a cursor of one has to be told which it is."""
 
-    def __init__(self, cursor: duckdb.DuckDBPyConnection, name: str) -> None:
-        self._own, self._name = cursor, name
-        cursor.execute(f"USE {name}")
+    def __init__(self, running: duckdb.DuckDBPyConnection, name: str) -> None:
+        self._running, self._name = running, name
+        self._own = running.cursor().execute(f"USE {name}")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
     def cursor(self) -> "Attached":
-        return Attached(self._own.cursor(), self._name)
+        return Attached(self._running, self._name)
+
+    def close(self) -> None:
+        self._own.close()
+        self._running.execute(f"DETACH {self._name}")
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextmanager
@@ -219,13 +229,11 @@ def quick_connections(urls: list[str]) -> Iterator[None]:
     Each transaction and each DuckDB database is as new as ever.
     """
 
-    @contextmanager
-    def database(**_: object) -> Iterator[Attached]:
+    def database(**_: object) -> Attached:
         name = f"new_{next(numbers)}"
         with started.cursor() as db:
             db.execute(f"ATTACH ':memory:' AS {name}")
-            yield Attached(db, name)
-        started.execute(f"DETACH {name}")
+        return Attached(started, name)
 
     numbers = count()
     with ExitStack() as stack:

@@ -105,13 +105,16 @@ class Snapshots:
         async with self._one_at_a_time:
             with tempfile.TemporaryDirectory(dir=self._folder, prefix="snapshot-") as name:
                 folder = Path(name)
-                with duckdb.connect(config=duckdb_config(self._memory_limit, folder)) as db:
+                db = await asyncio.to_thread(duckdb.connect, config=duckdb_config(self._memory_limit, folder))
+                try:
                     known = {name: self.rows(name, features, snapshot_time) for name, features in needed.items()}
                     await self._read(known.values(), db)
                     for rows in known.values():
                         files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
                         await asyncio.to_thread(rows.create_view, db, files)
                     yield db, {name: rows.view for name, rows in known.items()}, folder
+                finally:
+                    await asyncio.to_thread(db.close)  # to give gigabytes back takes a while
 
     async def _read(self, known: Collection[KnownRows], db: duckdb.DuckDBPyConnection) -> None:
         try:

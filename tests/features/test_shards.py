@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import duckdb
@@ -89,9 +90,12 @@ async def test_a_shard_that_dies_between_a_snapshots_passage_and_its_reading_is_
     database = feature_store.shards[1].engine.url.database
     assert database is not None
 
+    one_at_a_time = Lock()
+
     def die() -> None:
-        postgres_cluster.execute(f'ALTER DATABASE "{database}" CONNECTION LIMIT 0')
-        postgres_cluster.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
+        with one_at_a_time:  # feature sets are read side by side
+            postgres_cluster.execute(f'ALTER DATABASE "{database}" CONNECTION LIMIT 0')
+            postgres_cluster.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
 
     class Dying(KnownRows):
         def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from mojomesh_contracts.bundles import Column
 from mojomesh_features.aggregating import Facts, Integers, Values, aggregated
 from mojomesh_features.joining import ASKED_US, input_column
-from mojomesh_features.known import feature_column
+from mojomesh_features.known import KnownRows, feature_column
 from mojomesh_store.online import moment
 from mojomesh_store.vectors import Plan, Source, Windowed
 
@@ -18,13 +18,13 @@ _ARROW_TYPES = {"number": pa.float64(), "category": pa.string(), "boolean": pa.b
 _BATCH = 65_536
 
 
-def with_derived(db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], rows: str, kept: Sequence[str]) -> str:
+def with_derived(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], rows: str, kept: Sequence[str]) -> str:
     """The query of `rows` in their order with what is derived from them: the columns `kept`, then those of the plan in its order."""
     db.execute(f"CREATE OR REPLACE TEMP TABLE joined AS {rows}")
     derived: dict[str, pa.Array] = {}
     values = list(kept)
     for n, source in enumerate(plan.sources):
-        columns = _aggregated(db, plan, views, n, source)
+        columns = _aggregated(db, plan, known, n, source)
         columns |= _computed(db, n, source, columns)
         derived |= {_derived(n, name): column for name, column in columns.items()}
         values += [_value(n, column, columns) for column in source.columns]
@@ -68,16 +68,16 @@ def _computed(db: duckdb.DuckDBPyConnection, n: int, source: Source, aggregated:
     return {name: pa.chunked_array(found[name], _ARROW_TYPES[formula.kind]) for name, formula in source.formulas}
 
 
-def _aggregated(db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, source: Source) -> dict[str, pa.Array]:
+def _aggregated(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], n: int, source: Source) -> dict[str, pa.Array]:
     """The aggregates of a source for each row; those over the same facts by the same key together."""
     alike: dict[object, list[Windowed]] = defaultdict(list)
     for aggregate in source.aggregates:
         alike[aggregate.feature_set, aggregate.theirs, aggregate.ours].append(aggregate)
-    return {name: column for some in alike.values() for name, column in _aggregates(db, plan, views, n, some).items()}
+    return {name: column for some in alike.values() for name, column in _aggregates(db, plan, known, n, some).items()}
 
 
 def _aggregates(
-    db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, aggregates: Sequence[Windowed]
+    db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], n: int, aggregates: Sequence[Windowed]
 ) -> dict[str, pa.Array]:
     """Aggregates of one source over the same facts by the same key, by name."""
     first = aggregates[0]
@@ -95,7 +95,7 @@ def _aggregates(
         FROM joined LEFT JOIN keys ON {_list(ours, names, "{} = {}", " AND ")} ORDER BY joined.rowid
     """).fetchnumpy()
     keys, at_us = (asked[name].astype(np.int64) for name in ("key", "us"))
-    facts = _facts(db, plan, views[first.feature_set], _list(theirs, names, "{} = {}", " AND "), aggregates)
+    facts = _facts(db, plan, known[first.feature_set].view, _list(theirs, names, "{} = {}", " AND "), aggregates)
     return {aggregate.name: pa.array(aggregated(aggregate, facts, keys, at_us), _ARROW_TYPES[aggregate.gives]) for aggregate in aggregates}
 
 

@@ -1,151 +1,179 @@
-"""The query of a model's training rows: as-of joins of the views of `known` (by feature set), in SQL as DuckDB understands it.
+"""The rows of a model: what `asof` finds for pairs of entity and time, side by side in one table of DuckDB's, and queries of it."""
 
-A plain ASOF join is wrong where rows share an event time, hence one key of event time and created_at, `_ORDER`.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from mojomesh_features.known import feature_column
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mojomesh_features.aggregating import Integers
+from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, ORIGINAL, AsOf, Choice, Found, values_at
+from mojomesh_features.known import KnownRows, feature_column
 from mojomesh_store.vectors import Plan, Source
 
-_ORDER = "event_us::HUGEINT * 9223372036854775808 + created_us"
+ASKED_US = '"asked us"'
+"""The time as of which features are derived, in microseconds since 1970."""
+
+_SLICE = 2_000_000  # pairs, for which rows are held in memory at a time
+_AT_ONCE = 4  # feature sets
 _MICROSECOND = timedelta(microseconds=1)
 
-
-def numbered_entities(plan: Plan, views: Mapping[str, str]) -> str:
-    """What makes the table `entities` that the queries below need: entity_id and a number, in their order, for each that the spine names.
-
-    Rows are joined and sorted by these numbers, which spares a third of what it takes by texts.
-    """
-    named = dict.fromkeys(["entity_id", *(feature_column(source.join) for source in plan.sources if source.join)])
-    entity_ids = " UNION ".join(f"SELECT DISTINCT {column} AS entity_id FROM {views[plan.model.spine]}" for column in named)
-    return f"""
-        CREATE OR REPLACE TEMP TABLE entities AS
-        SELECT entity_id, (row_number() OVER (ORDER BY entity_id))::INTEGER AS entity FROM ({entity_ids})
-    """
+Columns = dict[str, pa.Array | pa.ChunkedArray]
 
 
-def training_rows(plan: Plan, views: Mapping[str, str]) -> str:
-    """The training rows of `plan`, one for each entity and event_time of the spine that has a label, in the order of the snapshot.
+def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows]) -> str:
+    """The query of the training rows of `plan`: one for each entity and event_time of the spine that has a label, in a snapshot's order.
 
     Of a spine row's versions the last counts; where the model asks for what was known at each row's own time, the last that had been
     reported then, or the first if none had. The label is the first outcome not before the event time, in its last version. In the place of
     what is to be derived stands what it is derived from, see `input_column`.
     """
-    model = plan.model
-    label = f"outcome.{feature_column(model.label.column)}"
-    within = "" if model.label.within is None else f"AND outcome.event_us - spine.event_us <= {model.label.within // _MICROSECOND}"
+    spine = known[plan.model.spine].view
+    db.execute(f"""
+        CREATE OR REPLACE TEMP TABLE asked AS
+        SELECT DISTINCT entity_id, event_us FROM {spine} ORDER BY entity_id, event_us
+    """)
+    _look_up(db, plan, known, labelled=True)
+    label = plan.model.label
+    within = "" if label.within is None else f"AND label_us - event_us <= {label.within // _MICROSECOND}"
     return f"""
-        SELECT spine.entity_id AS entity_id, {_milliseconds("spine")} AS event_time, {_milliseconds("outcome")} AS label_time,
-            {f"CAST({label} AS DOUBLE)" if model.label.type == "binary" else label} AS label{_columns(plan)}
-        FROM ({_spine(plan, views)}) AS spine
-        ASOF JOIN (
-            SELECT *, event_us::HUGEINT * 9223372036854775808 + (9223372036854775807 - created_us) AS place
-            FROM {_numbered(views[model.label.feature_set])}
-        ) AS outcome ON spine.entity = outcome.entity AND spine.event_us::HUGEINT * 9223372036854775808 <= outcome.place
-        {_joins(plan, views)}
-        WHERE {label} IS NOT NULL {within}
-        ORDER BY {_milliseconds("spine")}, spine.entity, spine.event_us
+        SELECT entity_id, {_milliseconds("event_us")} AS event_time, {_milliseconds("label_us")} AS label_time,
+            {"CAST(label AS DOUBLE) AS label" if label.type == "binary" else "label"}{_columns(plan)}
+        FROM found WHERE label IS NOT NULL {within} ORDER BY event_time, n
     """
 
 
-def asked_rows(plan: Plan, views: Mapping[str, str]) -> str:
-    """The vectors that training would have of the rows of the table `asked` (n, entity_id, event_us), with their n; none without a row.
+def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows]) -> str:
+    """The query of the vectors that training would have of the pairs in the table `asked` (entity_id, event_us), with their number n.
 
-    They are as of event_us, which a spine row may be older than, and as the mesh knows them, whatever was reported when.
+    They are as of event_us, which a spine row may be older than, and as the mesh knows them, whatever was reported when. Of a pair without
+    a spine row there is none.
     """
-    return f"""
-        SELECT n{_columns(plan)}
-        FROM (
-            SELECT asked.n, asked.event_us, was.* EXCLUDE (event_us)
-            FROM asked ASOF JOIN (SELECT *, {_ORDER} AS place FROM ({_naming(plan, views)})) AS was
-            ON asked.entity_id = was.entity_id AND asked.event_us::HUGEINT * 9223372036854775808 + 9223372036854775807 >= was.place
-        ) AS spine
-        {_joins(plan, views)}
-        ORDER BY n
-    """
-
-
-def _columns(plan: Plan) -> str:
-    columns = [value for n, source in enumerate(plan.sources) for value in _values(plan, n, source)]
-    if plan.derived:
-        columns.append(f"spine.event_us AS {ASKED_US}")
-    return "".join(f", {column}" for column in columns)
-
-
-def _joins(plan: Plan, views: Mapping[str, str]) -> str:
-    return " ".join(_joined(plan, n, source, views) for n, source in enumerate(plan.sources) if source.feature_set != plan.model.spine)
-
-
-def _spine(plan: Plan, views: Mapping[str, str]) -> str:
-    order = "created_us"
-    if plan.model.known_at == "row":
-        order = "reported_us <= event_us, CASE WHEN reported_us <= event_us THEN created_us ELSE -created_us END"
-    # The last in that order; looking for one that follows costs half of numbering all.
-    return f"FROM ({_naming(plan, views)}) QUALIFY lead(true) OVER (PARTITION BY entity, event_us ORDER BY {order}) IS NULL"
-
-
-def _naming(plan: Plan, views: Mapping[str, str]) -> str:
-    """The rows of the spine with the numbers of the entities that they name: `entity`, their own, and `entity_<n>` of the `n`th source."""
-    named = [(f"entity_{n}", feature_column(source.join)) for n, source in enumerate(plan.sources) if source.join]
-    numbers = "".join(f", {name}.entity AS {name}" for name, _ in named)
-    joins = " ".join(f"LEFT JOIN entities AS {name} ON stored.{column} = {name}.entity_id" for name, column in named)
-    return f"SELECT stored.*{numbers} FROM {_numbered(views[plan.model.spine])} AS stored {joins}"
-
-
-def _numbered(view: str) -> str:
-    """The rows of a view with the numbers of their entities; those of entities that the spine does not name are left out."""
-    return f"(FROM {view} JOIN entities USING (entity_id))"
-
-
-def _joined(plan: Plan, n: int, source: Source, views: Mapping[str, str]) -> str:
-    """The join of a set's row as of the spine's event time.
-
-    By row: a row can be used from the later of its event time and its report on. It is of use only if none that could be used by then
-    comes after it, and among those left the last that can be used is the one.
-    """
-    joined_by = "entity" if source.join is None else f"entity_{n}"
-    known = _numbered(views[source.feature_set])
-    if plan.model.known_at == "row":
-        rows = f"""
-            SELECT * FROM (
-                SELECT *, {_ORDER} AS place, max({_ORDER}) OVER (PARTITION BY entity ORDER BY usable_us) AS last_place
-                FROM (SELECT *, greatest(event_us, reported_us) AS usable_us FROM {known})
-            ) WHERE place = last_place
-        """
-        condition = f"spine.event_us >= source_{n}.usable_us"
-    else:
-        rows = f"SELECT *, {_ORDER} AS place FROM {known}"
-        condition = f"spine.event_us::HUGEINT * 9223372036854775808 + 9223372036854775807 >= source_{n}.place"
-    return f"ASOF LEFT JOIN ({rows}) AS source_{n} ON spine.{joined_by} = source_{n}.entity AND {condition}"
+    _look_up(db, plan, known, labelled=False)
+    return f"SELECT n{_columns(plan)} FROM found WHERE has_row ORDER BY n"
 
 
 def input_column(n: int, name: str | None) -> str:
     """Where what features of the `n`th source are derived from stands beside a training row: a stored feature, or the entity_id."""
-    return f'"source {n} entity_id"' if name is None else f'"source {n} feature {name}"'
+    return f'"{_found_column(n, name)}"'
 
 
-ASKED_US = '"asked us"'
-"""The time as of which features are derived, in microseconds since 1970."""
+def _found_column(n: int, name: str | None) -> str:
+    return f"source {n} entity_id" if name is None else f"source {n} feature {name}"
 
 
-def _values(plan: Plan, n: int, source: Source) -> Iterator[str]:
-    table = "spine" if source.feature_set == plan.model.spine else f"source_{n}"
+def _look_up(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], labelled: bool) -> None:
+    """Make the table `found`: for each row of `asked` its number n, the label if wanted, and what the sources have."""
+    ((n_asked,),) = db.execute("SELECT count(*) FROM asked").fetchall()
+    for begin in range(0, max(n_asked, 1), _SLICE):
+        pairs = db.sql(f"SELECT rowid AS n, * FROM asked WHERE rowid BETWEEN {begin} AND {begin + _SLICE - 1} ORDER BY n").to_arrow_table()
+        found = _Slice(db, plan, known, pairs.combine_chunks()).found(labelled)
+        if n_asked <= _SLICE:
+            db.register("found", found)
+        else:
+            db.register("slice", found)
+            db.execute("INSERT INTO found FROM slice" if begin else "CREATE OR REPLACE TEMP TABLE found AS FROM slice")
 
+
+class _Slice:
+    """Some of the pairs that are asked for."""
+
+    def __init__(self, db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], pairs: pa.Table) -> None:
+        self._db = db
+        self._plan = plan
+        self._known = known
+        self._pairs = pairs
+        self._at_us: Integers = np.asarray(pairs["event_us"])
+        self._own = AsOf(pairs["entity_id"].combine_chunks(), self._at_us)
+
+    def found(self, labelled: bool) -> pa.Table:
+        spine = self._plan.model.spine
+        others = [(n, source) for n, source in enumerate(self._plan.sources) if source.feature_set != spine]
+        columns: Columns = dict(zip(self._pairs.column_names, self._pairs.columns, strict=True))
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            of_entity = [threads.submit(self._joined, n, source, columns["entity_id"]) for n, source in others if not source.join]
+            label = threads.submit(self._label) if labelled else None
+            row, values = self._spine_row(labelled)
+            named = [threads.submit(self._joined, n, source, values[source.join]) for n, source in others if source.join]
+            columns["has_row"] = pa.array(row.places >= 0)
+            for n, source in enumerate(self._plan.sources):
+                if source.feature_set == spine:
+                    columns |= self._source(n, source, columns["entity_id"], row, values)
+            for part in (*of_entity, *named, *([label] if label else [])):
+                columns |= part.result()
+        return pa.table(columns)
+
+    def _rows(self, feature_set: str, asof: AsOf, choice: Choice) -> Found:
+        return asof.find(choice, self._known[feature_set].read(choice.keys, asof.extent, self._db.cursor()))
+
+    def _values(self, feature_set: str, asof: AsOf, found: Found, names: Sequence[str]) -> Columns:
+        """Features of the rows that were found, by name."""
+        if not names:
+            return {}
+        columns = ", ".join(map(feature_column, names))
+        rows = values_at(found.places, self._known[feature_set].read(columns, asof.extent, self._db.cursor()))
+        return dict(zip(names, rows.columns, strict=True))
+
+    def _label(self) -> Columns:
+        label = self._plan.model.label
+        outcome = self._rows(label.feature_set, self._own, NEXT)
+        values = self._values(label.feature_set, self._own, outcome, [label.column])
+        return {"label_us": _if_found(outcome, outcome.event_us), "label": values[label.column]}
+
+    def _spine_row(self, labelled: bool) -> tuple[Found, Columns]:
+        spine = self._plan.model.spine
+        if labelled and self._plan.model.known_at == "row":
+            row, original = (self._rows(spine, self._own, choice) for choice in (LAST_REPORTED, ORIGINAL))
+            row = Found(np.where(row.event_us == self._at_us, row.places, original.places), self._at_us)
+        else:
+            row = self._rows(spine, self._own, LAST)
+        names = [source.join for source in self._plan.sources if source.join]
+        names += [name for source in self._plan.sources if source.feature_set == spine for name in _features(source)]
+        return row, self._values(spine, self._own, row, list(dict.fromkeys(names)))
+
+    def _joined(self, n: int, source: Source, entity_ids: pa.ChunkedArray) -> Columns:
+        asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
+        row = self._rows(source.feature_set, asof, LAST_REPORTED if self._plan.model.known_at == "row" else LAST)
+        return self._source(n, source, entity_ids, row, self._values(source.feature_set, asof, row, _features(source)))
+
+    def _source(self, n: int, source: Source, entity_ids: pa.ChunkedArray, row: Found, values: Columns) -> Columns:
+        columns: Columns = {_found_column(n, name): values[name] for name in _features(source)}
+        if source.is_derived:
+            columns[_found_column(n, None)] = pc.if_else(pa.array(row.places >= 0), entity_ids, None)
+        if source.max_age_us is not None:
+            columns[f"source {n} us"] = _if_found(row, row.event_us)
+        return columns
+
+
+def _features(source: Source) -> list[str]:
+    return list(dict.fromkeys([*(column.feature for column in source.stored), *source.inputs]))
+
+
+def _if_found(found: Found, column: Integers) -> pa.Array:
+    return pa.array(column, mask=found.places < 0)
+
+
+def _columns(plan: Plan) -> str:
+    columns = [value for n, source in enumerate(plan.sources) for value in _projected(n, source)]
+    if plan.derived:
+        columns.append(f"event_us AS {ASKED_US}")
+    return "".join(f", {column}" for column in columns)
+
+
+def _projected(n: int, source: Source) -> Iterator[str]:
     def in_time(value: str) -> str:
-        return (
-            value if source.max_age_us is None else f"CASE WHEN spine.event_us - {table}.event_us <= {source.max_age_us} THEN {value} END"
-        )
+        return value if source.max_age_us is None else f'CASE WHEN event_us - "source {n} us" <= {source.max_age_us} THEN {value} END'
 
     for column in source.stored:
-        value = f"{table}.{feature_column(column.feature)}"
+        value = input_column(n, column.feature)
         yield f'{in_time(f"CAST({value} AS INTEGER)" if column.type == "boolean" else value)} AS "{column.name}"'
     if source.is_derived:
-        yield f"{in_time(f'{table}.entity_id')} AS {input_column(n, None)}"
-        for name in source.inputs:
-            yield f"{in_time(f'{table}.{feature_column(name)}')} AS {input_column(n, name)}"
+        for name in (None, *source.inputs):
+            yield f"{in_time(input_column(n, name))} AS {input_column(n, name)}"
 
 
-def _milliseconds(table: str) -> str:
-    return f"CAST(floor({table}.event_us / 1000) AS BIGINT)"
+def _milliseconds(column: str) -> str:
+    return f"CAST(floor({column} / 1000) AS BIGINT)"

@@ -1,13 +1,15 @@
-"""The rows that were known at a time, in DuckDB: sealed segments and what is not sealed yet, as one view for each feature set."""
+"""The rows that were known at a time: sealed segments and what is not sealed yet, read by DuckDB."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from copy import copy
 from datetime import datetime
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 from adbc_driver_postgresql import dbapi
 from pydantic import TypeAdapter
 
@@ -15,6 +17,7 @@ from mojomesh_features.segments import DUCKDB_TYPES, OTHER, json_shape
 from mojomesh_store.segments import Segment
 
 _SEGMENTS = TypeAdapter(list[Segment])
+_BATCH = 1_000_000
 _ORDER = ("entity_id", "event_us", "created_us")
 _TIMES = ", ".join(f"epoch_us({time}_{at}) AS {time}_us" for time, at in (("event", "time"), ("reported", "at"), ("created", "at")))
 
@@ -56,6 +59,17 @@ class KnownRows:
         self._tail = f'"tail {feature_set}"'
         self.view = f'"rows {feature_set}"'
         self.segments: list[Segment] = []
+        self._parts: list[str] = []
+
+    def read(self, columns: str, extent: tuple[str, str], db: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatchReader]:
+        """Columns of the view, in SQL, of the entities in `extent`, first and last included: the same rows in the same order each time.
+
+        The rows of a segment come in its order.
+        """
+        first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
+        for part in self._parts:
+            rows = db.sql(f"SELECT {columns} FROM ({part}) WHERE entity_id BETWEEN {first} AND {last}")
+            yield rows.to_arrow_reader(_BATCH)
 
     def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:
         """Make the table for what is not sealed."""
@@ -75,10 +89,21 @@ class KnownRows:
         alike = defaultdict(list)
         for segment in self.segments:
             alike[tuple(segment.columns), segment.n_tied > 0, segment.created_until > self._snapshot_time].append(segment.path)
-        parts = [self._part([files[path] for path in paths], *kind) for kind, paths in alike.items()]
+        self._parts = [self._part([files[path] for path in paths], *kind) for kind, paths in alike.items()]
         tied = db.execute(f"SELECT 1 FROM {self._tail} GROUP BY {', '.join(_ORDER)} HAVING count(*) > 1 LIMIT 1").fetchone()
-        parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if tied else ''}")
-        db.execute(f"CREATE VIEW {self.view} AS {' UNION ALL '.join(parts)}")
+        self._parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if tied else ''}")
+        self._create_view(db)
+
+    def until(self, known_us: int, db: duckdb.DuckDBPyConnection) -> "KnownRows":
+        """Those of them with `created_us <= known_us`."""
+        then = copy(self)
+        then.view = f'"then {self._feature_set}"'
+        then._parts = [f"FROM ({part}) WHERE created_us <= {known_us}" for part in self._parts]
+        then._create_view(db)
+        return then
+
+    def _create_view(self, db: duckdb.DuckDBPyConnection) -> None:
+        db.execute(f"CREATE OR REPLACE VIEW {self.view} AS {' UNION ALL '.join(f'FROM ({part})' for part in self._parts)}")
 
     def _sealed(self, cursor: dbapi.Cursor) -> list[Segment]:
         cursor.execute(f"""
@@ -123,4 +148,5 @@ class KnownRows:
         return "created_at > " + (f"'{sealed.isoformat()}'" if sealed else "(SELECT counts_after FROM store.shard)")
 
     def _last_of_tied(self) -> str:
-        return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(_ORDER)} ORDER BY seq DESC) = 1"
+        order = ", ".join(_ORDER)
+        return f"QUALIFY row_number() OVER (PARTITION BY {order} ORDER BY seq DESC) = 1 ORDER BY {order}"

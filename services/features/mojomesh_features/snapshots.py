@@ -26,7 +26,7 @@ from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Feature, Label
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.deriving import with_derived
-from mojomesh_features.joining import asked_rows, numbered_entities, training_rows
+from mojomesh_features.joining import asked_rows, training_rows
 from mojomesh_features.known import KnownRows, read_known
 from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
@@ -61,12 +61,11 @@ class Snapshots:
             TransientError: A shard is away.
         """
         _check_names(plan)
-        async with self._reading(_needed(plan, label), snapshot_time) as (db, views, folder):
-            await asyncio.to_thread(db.execute, numbered_entities(plan, views))
+        async with self._reading(_needed(plan, label), snapshot_time) as (db, known, folder):
             file = folder / "snapshot.parquet"
-            query = training_rows(plan, views)
+            query = await asyncio.to_thread(training_rows, db, plan, known)
             if plan.derived:
-                query = await asyncio.to_thread(with_derived, db, plan, views, query, _KEYS)
+                query = await asyncio.to_thread(with_derived, db, plan, known, query, _KEYS)
             digest, n_rows = await asyncio.to_thread(_write, db, query, plan.model.label, file)
             path = f"snapshots/{plan.model.name}/{digest}.parquet"
             if not await self._objects.exists(path):
@@ -90,16 +89,17 @@ class Snapshots:
         Raises:
             PermanentError: The last of `times` is later than now.
         """
-        async with self._reading(_needed(plan), times[-1]) as (db, views, _):
+        async with self._reading(_needed(plan), times[-1]) as (db, known, _):
             entity_ids, times_us = zip(*asked, strict=True)
-            db.register("asked", pa.table({"n": range(len(asked)), "entity_id": entity_ids, "event_us": times_us}))
-            return [await asyncio.to_thread(_vectors, db, plan, views, len(asked), time) for time in times]
+            db.register("pairs", pa.table({"entity_id": entity_ids, "event_us": times_us}))
+            db.execute("CREATE TEMP TABLE asked AS FROM pairs")
+            return [await asyncio.to_thread(_vectors, db, plan, known, len(asked), time) for time in times]
 
     @asynccontextmanager
     async def _reading(
         self, needed: Mapping[str, Mapping[str, str]], snapshot_time: datetime
-    ) -> AsyncIterator[tuple[duckdb.DuckDBPyConnection, dict[str, str], Path]]:
-        """The views of what was known of these features, by feature set, in a database of their own, and a folder that lives as long."""
+    ) -> AsyncIterator[tuple[duckdb.DuckDBPyConnection, dict[str, KnownRows], Path]]:
+        """What was known of these features, by feature set, in a database of its own, and a folder that lives as long."""
         await self._feature_store.pass_snapshot(snapshot_time)
         self._folder.mkdir(parents=True, exist_ok=True)
         async with self._one_at_a_time:
@@ -112,7 +112,7 @@ class Snapshots:
                     for rows in known.values():
                         files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
                         await asyncio.to_thread(rows.create_view, db, files)
-                    yield db, {name: rows.view for name, rows in known.items()}, folder
+                    yield db, known, folder
                 finally:
                     await asyncio.to_thread(db.close)  # to give gigabytes back takes a while
 
@@ -151,14 +151,10 @@ def label_of(label: Label, definitions: Definitions) -> Feature:
 
 
 def _vectors(
-    db: duckdb.DuckDBPyConnection, plan: Plan, views: Mapping[str, str], n: int, known_at: datetime
+    db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], n: int, known_at: datetime
 ) -> list[dict[str, FeatureValue]]:
-    known_us = microseconds(known_at)
-    then = {feature_set: f'"known {feature_set}"' for feature_set in views}
-    for feature_set, view in views.items():
-        db.execute(f"CREATE OR REPLACE TEMP VIEW {then[feature_set]} AS SELECT * FROM {view} WHERE created_us <= {known_us}")
-    db.execute(numbered_entities(plan, then))
-    query = asked_rows(plan, then)
+    then = {name: rows.until(microseconds(known_at), db) for name, rows in known.items()}
+    query = asked_rows(db, plan, then)
     if plan.derived:
         query = with_derived(db, plan, then, query, ["n"])
     vectors: list[dict[str, FeatureValue]] = [{} for _ in range(n)]

@@ -15,6 +15,7 @@ from mojomesh_chassis.objects import Objects
 from mojomesh_contracts.bundles import SnapshotTaken
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import EventReceived
+from mojomesh_features import joining
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows as store_rows
@@ -79,6 +80,18 @@ async def test_the_digest_is_of_rows_not_of_bytes(
         )
 
     assert (again.digest, again.path) == (taken.digest, taken.path)
+
+
+async def test_many_slices_make_one_snapshot(
+    snapshots: Snapshots, append_all: AppendAll, model: Model, definitions: Definitions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot_time = await some_history(append_all)
+    for known_at in ("snapshot", "row"):
+        asked = model.model_copy(update={"known_at": known_at})
+        in_one = await take(snapshots, asked, definitions, snapshot_time)
+        with monkeypatch.context() as patch:
+            patch.setattr(joining, "_SLICE", 3)
+            assert await take(snapshots, asked, definitions, snapshot_time) == in_one
 
 
 async def _append(store: FeatureStore, facts: Sequence[EventReceived]) -> None:

@@ -17,22 +17,22 @@ from mojomesh_features.aggregating import Integers
 
 
 class Block(NamedTuple):
-    """Rows of asked entities, in order."""
+    """Rows in order. A run of them is of one entity."""
 
+    entities: Integers  # of each run the number of its entity, -1 if nobody asks for it
+    ends: Integers  # of each run, the row after its last
     places: Integers  # of each row among all that are read
-    entities: Integers  # the number of its entity
     event_us: Integers
     created_us: Integers
     usable_us: Integers  # from when on it counts
 
 
 class Choice(NamedTuple):
-    """Which row counts: in a block, and of those that blocks offer the one with the greatest event time and created_at, or the least."""
+    """Which row counts: in a block, and of those that blocks offer the one of the greatest or least event time, last version."""
 
     keys: str  # to read
     in_block: Callable[[Block, Integers, Integers, Integers], Integers]
-    event_sign: int
-    created_sign: int
+    event_sign: int  # 1: the greatest, -1: the least
 
 
 class Found(NamedTuple):
@@ -48,7 +48,8 @@ def _last(block: Block, first: Integers, end: Integers, at_us: Integers) -> Inte
 
 
 def _last_reported(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
-    order = np.lexsort((block.usable_us, block.entities))
+    runs = np.repeat(np.arange(len(block.ends)), np.diff(block.ends, prepend=0))
+    order = np.lexsort((block.usable_us, runs))
     row = _bisect(block.usable_us[order], first, end, at_us, after=True) - 1
     # Of an entity's rows that could be used by then the one that is last in order; rows of entities before it are less.
     return np.where(row >= first, np.maximum.accumulate(order)[row], -1)
@@ -60,22 +61,14 @@ def _next(block: Block, first: Integers, end: Integers, at_us: Integers) -> Inte
     return np.where(row < end, _bisect(block.event_us, row, end, its_us, after=True) - 1, -1)
 
 
-def _original(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
-    row = _bisect(block.event_us, first, end, at_us, after=False)
-    its_us = block.event_us[np.minimum(row, len(block.event_us) - 1)]
-    return np.where((row < end) & (its_us == at_us), row, -1)
-
-
 _KEYS = "entity_id, event_us, created_us"
 
-LAST = Choice(_KEYS, _last, 1, 1)
+LAST = Choice(_KEYS, _last, 1)
 """The last row not after the time, in its last version."""
-LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us)", _last_reported, 1, 1)
+LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us)", _last_reported, 1)
 """The last row not after the time, in its last version, of those that had been reported by then."""
-NEXT = Choice(_KEYS, _next, -1, 1)
+NEXT = Choice(_KEYS, _next, -1)
 """The first row not before the time, in its last version."""
-ORIGINAL = Choice(_KEYS, _original, 1, -1)
-"""The row of that time, in its first version."""
 
 
 class AsOf:
@@ -104,18 +97,21 @@ class AsOf:
         places = np.full(len(self._order), -1)
         event_us, created_us = np.zeros_like(places), np.zeros_like(places)
         for block in self._blocks(readers):
-            lowest = block.entities[0]
-            counts = np.bincount(block.entities - lowest)
-            ends = np.cumsum(counts)
-            begin, end = np.searchsorted(self._entities, (lowest, lowest + len(counts)))
-            pairs = begin + np.flatnonzero(counts[self._entities[begin:end] - lowest])
-            numbers = self._entities[pairs] - lowest
-            row = choice.in_block(block, (ends - counts)[numbers], ends[numbers], self._at_us[pairs])
+            runs = np.flatnonzero(block.entities >= 0)
+            if not len(runs):
+                continue
+            asked = block.entities[runs]
+            run_of = np.full(asked[-1] - asked[0] + 1, -1)
+            run_of[asked - asked[0]] = runs
+            begin, end = np.searchsorted(self._entities, (asked[0], asked[-1] + 1))
+            run = run_of[self._entities[begin:end] - asked[0]]
+            pairs, run = begin + np.flatnonzero(run >= 0), run[run >= 0]
+            starts = np.concatenate([[0], block.ends[:-1]])
+            row = choice.in_block(block, starts[run], block.ends[run], self._at_us[pairs])
             pairs, row = pairs[row >= 0], row[row >= 0]
             event, created = block.event_us[row], block.created_us[row]
             later = (event - event_us[pairs]) * choice.event_sign
-            later_known = (created - created_us[pairs]) * choice.created_sign
-            better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (later_known > 0))
+            better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (created > created_us[pairs]))
             pairs, row = pairs[better], row[better]
             places[pairs], event_us[pairs], created_us[pairs] = block.places[row], event[better], created[better]
         return Found(self._as_asked(places, -1), self._as_asked(event_us, 0))
@@ -128,18 +124,14 @@ class AsOf:
     def _blocks(self, readers: Iterable[pa.RecordBatchReader]) -> Iterator[Block]:
         begin = 0
         for batch in chain.from_iterable(readers):
-            entity_id, *times = batch.columns
-            runs = pc.run_end_encode(entity_id)
-            entities = np.repeat(self._numbers(runs.values), np.diff(np.asarray(runs.run_ends), prepend=0))
-            event_us, created_us, *usable_us = map(np.asarray, times)
-            block = Block(begin + np.arange(len(batch)), entities, event_us, created_us, *(usable_us or [event_us]))
+            rows = batch.append_column("place", pa.array(begin + np.arange(len(batch))))
             begin += len(batch)
-            if entities.min(initial=0) < 0:
-                block = _of(block, entities >= 0)
-            if not _in_order(block):
-                block = _of(block, np.lexsort((block.created_us, block.event_us, block.entities)))
-            if len(block.places):
-                yield block
+            runs = pc.run_end_encode(rows[0])
+            if not _in_order(rows, runs):
+                rows = rows.sort_by([(name, "ascending") for name in rows.schema.names[:3]])
+                runs = pc.run_end_encode(rows[0])
+            event_us, created_us, *usable_us, places = map(np.asarray, rows.columns[1:])
+            yield Block(self._numbers(runs.values), _ends(runs), places, event_us, created_us, *(usable_us or [event_us]))
 
     def _numbers(self, entity_ids: pa.StringArray) -> Integers:
         """The numbers of entities; -1 for those that are not asked for."""
@@ -172,16 +164,15 @@ def values_at(places: Integers, readers: Iterable[pa.RecordBatchReader]) -> pa.T
     return rows.take(pa.array(numbers, mask=places < 0))
 
 
-def _of(block: Block, rows: np.ndarray) -> Block:
-    return Block(*(column[rows] for column in block))
+def _ends(runs: pa.RunEndEncodedArray) -> Integers:
+    return np.asarray(runs.run_ends).astype(np.int64)
 
 
-def _in_order(block: Block) -> bool:
-    ordered = np.ones(max(len(block.places) - 1, 0), dtype=bool)
-    for column in (block.created_us, block.event_us, block.entities):
-        step = np.diff(column)
-        ordered = (step > 0) | ((step == 0) & ordered)
-    return bool(ordered.all())
+def _in_order(rows: pa.RecordBatch, runs: pa.RunEndEncodedArray) -> bool:
+    event_step, created_step = (np.diff(np.asarray(column)) for column in rows.columns[1:3])
+    ordered = (event_step > 0) | ((event_step == 0) & (created_step > 0))
+    ordered[_ends(runs)[:-1] - 1] = True
+    return bool(ordered.all()) and pc.all(pc.less(runs.values[:-1], runs.values[1:])).as_py()
 
 
 def _bisect(ascending: Integers, first: Integers, end: Integers, at: Integers, *, after: bool) -> Integers:

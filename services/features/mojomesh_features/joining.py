@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mojomesh_features.aggregating import Integers
-from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, ORIGINAL, AsOf, Choice, Found, values_at
+from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, AsOf, Choice, Found, values_at
 from mojomesh_features.known import KnownRows, feature_column
 from mojomesh_store.vectors import Plan, Source
 
@@ -32,9 +32,14 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
     what is to be derived stands what it is derived from, see `input_column`.
     """
     spine = known[plan.model.spine].view
+    versions = "created_us DESC"
+    if plan.model.known_at == "row":
+        versions = "reported_us <= event_us DESC, CASE WHEN reported_us <= event_us THEN -created_us ELSE created_us END"
     db.execute(f"""
-        CREATE OR REPLACE TEMP TABLE asked AS
-        SELECT DISTINCT entity_id, event_us FROM {spine} ORDER BY entity_id, event_us
+        CREATE TEMP TABLE asked AS
+        SELECT row_number() OVER () AS n, entity_id, event_us, event_us AS spine_us{_listed(_spine_features(plan))}
+        FROM (FROM {spine} ORDER BY entity_id, event_us, {versions})
+        QUALIFY (entity_id, event_us) IS DISTINCT FROM (lag(entity_id) OVER (), lag(event_us) OVER ())
     """)
     _look_up(db, plan, known, labelled=True)
     label = plan.model.label
@@ -46,14 +51,31 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
     """
 
 
-def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows]) -> str:
-    """The query of the vectors that training would have of the pairs in the table `asked` (entity_id, event_us), with their number n.
+def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], pairs: pa.Table) -> str:
+    """The query of the vectors that training would have of `pairs` (n, entity_id, event_us), with their n; none without a spine row.
 
-    They are as of event_us, which a spine row may be older than, and as the mesh knows them, whatever was reported when. Of a pair without
-    a spine row there is none.
+    They are as of event_us, which a spine row may be older than, and as the mesh knows them, whatever was reported when.
     """
+    spine = known[plan.model.spine]
+    asof = AsOf(pairs["entity_id"].combine_chunks(), np.asarray(pairs["event_us"]))
+    row = asof.find(LAST, spine.read(LAST.keys, asof.extent, db))
+    values = values_at(row.places, spine.read(f"event_us AS spine_us{_listed(_spine_features(plan))}", asof.extent, db))
+    asked = pa.table(dict(zip(pairs.column_names + values.column_names, pairs.columns + values.columns, strict=True)))
+    db.register("pairs", asked.filter(pa.array(row.places >= 0)))
+    db.execute("CREATE OR REPLACE TEMP TABLE asked AS FROM pairs")
     _look_up(db, plan, known, labelled=False)
-    return f"SELECT n{_columns(plan)} FROM found WHERE has_row ORDER BY n"
+    return f"SELECT n{_columns(plan)} FROM found ORDER BY n"
+
+
+def _spine_features(plan: Plan) -> list[str]:
+    """The features of the spine that are used."""
+    names = [source.join for source in plan.sources if source.join]
+    names += [name for source in plan.sources if source.feature_set == plan.model.spine for name in _features(source)]
+    return list(dict.fromkeys(names))
+
+
+def _listed(features: Sequence[str]) -> str:
+    return "".join(f", {feature_column(name)}" for name in features)
 
 
 def input_column(n: int, name: str | None) -> str:
@@ -66,11 +88,11 @@ def _found_column(n: int, name: str | None) -> str:
 
 
 def _look_up(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], labelled: bool) -> None:
-    """Make the table `found`: for each row of `asked` its number n, the label if wanted, and what the sources have."""
+    """Make `found`: the rows of `asked` (n, entity_id, event_us, the spine row's), with the label if wanted, and what the sources have."""
     ((n_asked,),) = db.execute("SELECT count(*) FROM asked").fetchall()
     for begin in range(0, max(n_asked, 1), _SLICE):
-        pairs = db.sql(f"SELECT rowid AS n, * FROM asked WHERE rowid BETWEEN {begin} AND {begin + _SLICE - 1} ORDER BY n").to_arrow_table()
-        found = _Slice(db, plan, known, pairs.combine_chunks()).found(labelled)
+        asked = db.sql(f"FROM asked WHERE rowid BETWEEN {begin} AND {begin + _SLICE - 1}").to_arrow_table().combine_chunks()
+        found = _Slice(db, plan, known, asked).found(labelled)
         if n_asked <= _SLICE:
             db.register("found", found)
         else:
@@ -79,81 +101,64 @@ def _look_up(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, Know
 
 
 class _Slice:
-    """Some of the pairs that are asked for."""
+    """Some of the rows that are asked for."""
 
-    def __init__(self, db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], pairs: pa.Table) -> None:
+    def __init__(self, db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], asked: pa.Table) -> None:
         self._db = db
         self._plan = plan
         self._known = known
-        self._pairs = pairs
-        self._at_us: Integers = np.asarray(pairs["event_us"])
-        self._own = AsOf(pairs["entity_id"].combine_chunks(), self._at_us)
+        self._asked = asked
+        self._at_us: Integers = np.asarray(asked["event_us"])
+        self._own = AsOf(asked["entity_id"].combine_chunks(), self._at_us)
 
     def found(self, labelled: bool) -> pa.Table:
-        spine = self._plan.model.spine
-        others = [(n, source) for n, source in enumerate(self._plan.sources) if source.feature_set != spine]
-        columns: Columns = dict(zip(self._pairs.column_names, self._pairs.columns, strict=True))
+        columns: Columns = {name: self._asked[name] for name in ("n", "entity_id", "event_us")}
         with ThreadPoolExecutor(_AT_ONCE) as threads:
-            of_entity = [threads.submit(self._joined, n, source, columns["entity_id"]) for n, source in others if not source.join]
-            label = threads.submit(self._label) if labelled else None
-            row, values = self._spine_row(labelled)
-            named = [threads.submit(self._joined, n, source, values[source.join]) for n, source in others if source.join]
-            columns["has_row"] = pa.array(row.places >= 0)
-            for n, source in enumerate(self._plan.sources):
-                if source.feature_set == spine:
-                    columns |= self._source(n, source, columns["entity_id"], row, values)
-            for part in (*of_entity, *named, *([label] if label else [])):
+            parts = [threads.submit(self._source, n, source) for n, source in enumerate(self._plan.sources)]
+            if labelled:
+                parts.append(threads.submit(self._label))
+            for part in parts:
                 columns |= part.result()
         return pa.table(columns)
 
-    def _rows(self, feature_set: str, asof: AsOf, choice: Choice) -> Found:
-        return asof.find(choice, self._known[feature_set].read(choice.keys, asof.extent, self._db.cursor()))
-
-    def _values(self, feature_set: str, asof: AsOf, found: Found, names: Sequence[str]) -> Columns:
-        """Features of the rows that were found, by name."""
-        if not names:
-            return {}
-        columns = ", ".join(map(feature_column, names))
-        rows = values_at(found.places, self._known[feature_set].read(columns, asof.extent, self._db.cursor()))
-        return dict(zip(names, rows.columns, strict=True))
-
     def _label(self) -> Columns:
         label = self._plan.model.label
-        outcome = self._rows(label.feature_set, self._own, NEXT)
-        values = self._values(label.feature_set, self._own, outcome, [label.column])
-        return {"label_us": _if_found(outcome, outcome.event_us), "label": values[label.column]}
+        row, values = self._row(label.feature_set, self._own, NEXT, [label.column])
+        return {"label_us": pa.array(row.event_us, mask=row.places < 0), "label": values[label.column]}
 
-    def _spine_row(self, labelled: bool) -> tuple[Found, Columns]:
-        spine = self._plan.model.spine
-        if labelled and self._plan.model.known_at == "row":
-            row, original = (self._rows(spine, self._own, choice) for choice in (LAST_REPORTED, ORIGINAL))
-            row = Found(np.where(row.event_us == self._at_us, row.places, original.places), self._at_us)
+    def _source(self, n: int, source: Source) -> Columns:
+        entity_ids = self._spine_value(source.join) if source.join else self._asked["entity_id"]
+        if source.feature_set == self._plan.model.spine:
+            values = {name: self._spine_value(name) for name in _features(source)}
+            event_us = self._asked["spine_us"]
         else:
-            row = self._rows(spine, self._own, LAST)
-        names = [source.join for source in self._plan.sources if source.join]
-        names += [name for source in self._plan.sources if source.feature_set == spine for name in _features(source)]
-        return row, self._values(spine, self._own, row, list(dict.fromkeys(names)))
-
-    def _joined(self, n: int, source: Source, entity_ids: pa.ChunkedArray) -> Columns:
-        asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
-        row = self._rows(source.feature_set, asof, LAST_REPORTED if self._plan.model.known_at == "row" else LAST)
-        return self._source(n, source, entity_ids, row, self._values(source.feature_set, asof, row, _features(source)))
-
-    def _source(self, n: int, source: Source, entity_ids: pa.ChunkedArray, row: Found, values: Columns) -> Columns:
-        columns: Columns = {_found_column(n, name): values[name] for name in _features(source)}
+            asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
+            by_row = self._plan.model.known_at == "row"
+            row, values = self._row(source.feature_set, asof, LAST_REPORTED if by_row else LAST, _features(source))
+            event_us = pa.array(row.event_us, mask=row.places < 0)
+        columns = {_found_column(n, name): value for name, value in values.items()}
         if source.is_derived:
-            columns[_found_column(n, None)] = pc.if_else(pa.array(row.places >= 0), entity_ids, None)
+            columns[_found_column(n, None)] = pc.if_else(pc.is_valid(event_us), entity_ids, None)
         if source.max_age_us is not None:
-            columns[f"source {n} us"] = _if_found(row, row.event_us)
+            columns[f"source {n} us"] = event_us
         return columns
+
+    def _spine_value(self, name: str) -> pa.ChunkedArray:
+        return self._asked[f"feature {name}"]
+
+    def _row(self, feature_set: str, asof: AsOf, choice: Choice, features: Sequence[str]) -> tuple[Found, Columns]:
+        """The rows that count, and features of theirs by name."""
+        rows = self._known[feature_set]
+        found = asof.find(choice, rows.read(choice.keys, asof.extent, self._db.cursor()))
+        if not features:
+            return found, {}
+        columns = ", ".join(map(feature_column, features))
+        values = values_at(found.places, rows.read(columns, asof.extent, self._db.cursor()))
+        return found, dict(zip(features, values.columns, strict=True))
 
 
 def _features(source: Source) -> list[str]:
     return list(dict.fromkeys([*(column.feature for column in source.stored), *source.inputs]))
-
-
-def _if_found(found: Found, column: Integers) -> pa.Array:
-    return pa.array(column, mask=found.places < 0)
 
 
 def _columns(plan: Plan) -> str:

@@ -91,9 +91,8 @@ class Snapshots:
         """
         async with self._reading(_needed(plan), times[-1]) as (db, known, _):
             entity_ids, times_us = zip(*asked, strict=True)
-            db.register("pairs", pa.table({"entity_id": entity_ids, "event_us": times_us}))
-            db.execute("CREATE TEMP TABLE asked AS FROM pairs")
-            return [await asyncio.to_thread(_vectors, db, plan, known, len(asked), time) for time in times]
+            pairs = pa.table({"n": range(len(asked)), "entity_id": entity_ids, "event_us": times_us})
+            return [await asyncio.to_thread(_vectors, db, plan, known, pairs, time) for time in times]
 
     @asynccontextmanager
     async def _reading(
@@ -151,13 +150,13 @@ def label_of(label: Label, definitions: Definitions) -> Feature:
 
 
 def _vectors(
-    db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], n: int, known_at: datetime
+    db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], pairs: pa.Table, known_at: datetime
 ) -> list[dict[str, FeatureValue]]:
     then = {name: rows.until(microseconds(known_at), db) for name, rows in known.items()}
-    query = asked_rows(db, plan, then)
+    query = asked_rows(db, plan, then, pairs)
     if plan.derived:
         query = with_derived(db, plan, then, query, ["n"])
-    vectors: list[dict[str, FeatureValue]] = [{} for _ in range(n)]
+    vectors: list[dict[str, FeatureValue]] = [{} for _ in range(len(pairs))]
     for row in db.sql(query).to_arrow_table().to_pylist():
         vectors[row.pop("n")] = row
     return vectors

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mojomesh_features import asof
-from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, AsOf, Choice, values_at
+from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, AsOf, Choice
 
 
 class Row(NamedTuple):
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 ENTITIES = ["A", "B", "ab", "Ä\n", "日"]  # in the order of their UTF-8
-SCHEMA = pa.schema([("entity_id", pa.string()), *((name, pa.int64()) for name in Row._fields[1:])])
+SCHEMA = pa.schema([("entity_id", pa.string()), *((name, pa.int64()) for name in (*Row._fields[1:], "row"))])
 
 entities = st.sampled_from(ENTITIES)
 rows = st.lists(
@@ -52,17 +52,16 @@ MEANINGS = [(LAST, last), (LAST_REPORTED, last_reported), (NEXT, following)]
 
 def readers(rows: list[Row], cuts: list[int]) -> list[pa.RecordBatchReader]:
     """The rows in their order, in batches; every second batch begins a reader of its own."""
-    batches = [pa.RecordBatch.from_pylist([row._asdict() for row in rows[a:b]], SCHEMA) for a, b in pairwise(sorted({0, *cuts, len(rows)}))]
+    numbered = [row._asdict() | {"row": n} for n, row in enumerate(rows, start=1)]
+    batches = [pa.RecordBatch.from_pylist(numbered[a:b], SCHEMA) for a, b in pairwise(sorted({0, *cuts, len(rows)}))]
     return [pa.RecordBatchReader.from_batches(SCHEMA, batches[n : n + 2]) for n in range(0, max(len(batches), 1), 2)]
 
 
 def found(choice: Choice, asked: list[tuple[str | None, int]], rows: list[Row], cuts: list[int]) -> list[Row | None]:
     entity_ids, times = pa.array([pair[0] for pair in asked], pa.string()), np.array([pair[1] for pair in asked], dtype=np.int64)
-    places, event_us = AsOf(entity_ids, times).find(choice, readers(rows, cuts))
-    values = values_at(places, readers(rows, cuts)).to_pylist()
-    answers = [None if place < 0 else Row(**value) for place, value in zip(places, values, strict=True)]
-    assert [us for answer, us in zip(answers, event_us, strict=True) if answer] == [answer.event_us for answer in answers if answer]
-    return answers
+    answers = AsOf(entity_ids, times).find(choice, readers(rows, cuts)).to_pylist()
+    assert [answer["event_us"] for answer in answers] == [answer["row"] and rows[answer["row"] - 1].event_us for answer in answers]
+    return [None if answer["row"] is None else rows[answer["row"] - 1] for answer in answers]
 
 
 @pytest.mark.parametrize(("choice", "meaning"), MEANINGS)
@@ -82,7 +81,7 @@ def test_a_batch_in_no_order_is_sorted_first(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[tuple[str | None, int]] = [("A", 1), ("A", 2)]
     assert found(LAST, asked, jumbled, []) == [jumbled[2], jumbled[1]]
 
-    monkeypatch.setattr(asof, "_in_order", lambda *_: True)
+    monkeypatch.setattr(asof, "_is_in_order", lambda *_: True)
     assert found(LAST, asked, jumbled, []) != [jumbled[2], jumbled[1]]
 
 

@@ -1,12 +1,11 @@
 """Which of a feature set's rows count as of a time: looked up in rows that lie in the order of entity, event time and created_at.
 
-Sealed segments are sorted so, which spares what a join spends most on. A block of rows after the other is read; in each an entity's rows
-are found by counting and a time by bisection, for all who ask at once. A block that is not in order is sorted first.
+Sealed segments are sorted so, which spares what a join spends most on. A batch of rows after the other is read; in each an entity's rows
+are one run and a time is found by bisection, for all who ask at once. A batch that is not in order is sorted first.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,27 +18,23 @@ from mojomesh_features.aggregating import Integers
 class Block(NamedTuple):
     """Rows in order. A run of them is of one entity."""
 
-    entities: Integers  # of each run the number of its entity, -1 if nobody asks for it
-    ends: Integers  # of each run, the row after its last
-    places: Integers  # of each row among all that are read
+    runs: pa.RunEndEncodedArray
     event_us: Integers
     created_us: Integers
     usable_us: Integers  # from when on it counts
+
+    @property
+    def ends(self) -> Integers:
+        """Of each run, the row after its last."""
+        return np.asarray(self.runs.run_ends).astype(np.int64)
 
 
 class Choice(NamedTuple):
     """Which row counts: in a block, and of those that blocks offer the one of the greatest or least event time, last version."""
 
-    keys: str  # to read
+    keys: str  # to read, in SQL
     in_block: Callable[[Block, Integers, Integers, Integers], Integers]
     event_sign: int  # 1: the greatest, -1: the least
-
-
-class Found(NamedTuple):
-    """For each pair the place of its row among all that are read, -1 for none, and the row's event time in microseconds since 1970."""
-
-    places: Integers
-    event_us: Integers
 
 
 def _last(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
@@ -48,8 +43,7 @@ def _last(block: Block, first: Integers, end: Integers, at_us: Integers) -> Inte
 
 
 def _last_reported(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
-    runs = np.repeat(np.arange(len(block.ends)), np.diff(block.ends, prepend=0))
-    order = np.lexsort((block.usable_us, runs))
+    order = np.lexsort((block.usable_us, np.repeat(np.arange(len(block.ends)), np.diff(block.ends, prepend=0))))
     row = _bisect(block.usable_us[order], first, end, at_us, after=True) - 1
     # Of an entity's rows that could be used by then the one that is last in order; rows of entities before it are less.
     return np.where(row >= first, np.maximum.accumulate(order)[row], -1)
@@ -57,17 +51,17 @@ def _last_reported(block: Block, first: Integers, end: Integers, at_us: Integers
 
 def _next(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
     row = _bisect(block.event_us, first, end, at_us, after=False)
-    its_us = block.event_us[np.minimum(row, len(block.event_us) - 1)]
+    its_us = block.event_us.take(row, mode="clip")
     return np.where(row < end, _bisect(block.event_us, row, end, its_us, after=True) - 1, -1)
 
 
 _KEYS = "entity_id, event_us, created_us"
 
-LAST = Choice(_KEYS, _last, 1)
+LAST = Choice(f"{_KEYS}, event_us AS usable_us", _last, 1)
 """The last row not after the time, in its last version."""
-LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us)", _last_reported, 1)
+LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us) AS usable_us", _last_reported, 1)
 """The last row not after the time, in its last version, of those that had been reported by then."""
-NEXT = Choice(_KEYS, _next, -1)
+NEXT = Choice(f"{_KEYS}, event_us AS usable_us", _next, -1)
 """The first row not before the time, in its last version."""
 
 
@@ -92,87 +86,78 @@ class AsOf:
         """The first and the last of the entities, in the order of their texts; of none, texts that no entity is between."""
         return (self._entity_ids[0].as_py(), self._entity_ids[-1].as_py()) if len(self._entity_ids) else ("", "")
 
-    def find(self, choice: Choice, readers: Iterable[pa.RecordBatchReader]) -> Found:
-        """The row that counts for each pair, of rows with `choice.keys`."""
-        places = np.full(len(self._order), -1)
-        event_us, created_us = np.zeros_like(places), np.zeros_like(places)
-        for block in self._blocks(readers):
-            runs = np.flatnonzero(block.entities >= 0)
-            if not len(runs):
-                continue
-            asked = block.entities[runs]
-            run_of = np.full(asked[-1] - asked[0] + 1, -1)
-            run_of[asked - asked[0]] = runs
-            begin, end = np.searchsorted(self._entities, (asked[0], asked[-1] + 1))
-            run = run_of[self._entities[begin:end] - asked[0]]
-            pairs, run = begin + np.flatnonzero(run >= 0), run[run >= 0]
-            starts = np.concatenate([[0], block.ends[:-1]])
-            row = choice.in_block(block, starts[run], block.ends[run], self._at_us[pairs])
-            pairs, row = pairs[row >= 0], row[row >= 0]
-            event, created = block.event_us[row], block.created_us[row]
-            later = (event - event_us[pairs]) * choice.event_sign
-            better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (created > created_us[pairs]))
-            pairs, row = pairs[better], row[better]
-            places[pairs], event_us[pairs], created_us[pairs] = block.places[row], event[better], created[better]
-        return Found(self._as_asked(places, -1), self._as_asked(event_us, 0))
+    def find(self, choice: Choice, readers: Iterable[pa.RecordBatchReader]) -> pa.Table:
+        """The row that counts for each pair, of rows with `choice.keys` first: event_us and what follows the keys; nulls for none."""
+        n = len(self._order)
+        places = np.full(n, -1)  # in what was taken
+        event_us, created_us = np.zeros((2, n), dtype=np.int64)
+        taken: list[pa.Table] = []
+        n_taken = 0
+        for reader in readers:
+            answer = [1, *range(4, len(reader.schema))]
+            taken.append(reader.schema.empty_table().select(answer))
+            for batch in reader:
+                rows, block = _in_order(batch)
+                pairs, row = self._offered(choice, block)
+                later = (block.event_us[row] - event_us[pairs]) * choice.event_sign
+                better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (block.created_us[row] > created_us[pairs]))
+                pairs, row = pairs[better], row[better]
+                places[pairs] = n_taken + np.arange(len(pairs))
+                event_us[pairs], created_us[pairs] = block.event_us[row], block.created_us[row]
+                taken.append(pa.Table.from_batches([rows.select(answer).take(pa.array(row))]))
+                n_taken += len(pairs)
+                if n_taken > 2 * n:  # of most a better one was found
+                    found = np.flatnonzero(places >= 0)
+                    taken = [pa.concat_tables(taken).take(pa.array(places[found]))]
+                    places[found], n_taken = np.arange(len(found)), len(found)
+        answers = np.full(self._n, -1)
+        answers[self._order] = places
+        return pa.concat_tables(taken).combine_chunks().take(pa.array(answers, mask=answers < 0))
 
-    def _as_asked(self, found: Integers, missing: int) -> Integers:
-        answers = np.full(self._n, missing)
-        answers[self._order] = found
-        return answers
-
-    def _blocks(self, readers: Iterable[pa.RecordBatchReader]) -> Iterator[Block]:
-        begin = 0
-        for batch in chain.from_iterable(readers):
-            rows = batch.append_column("place", pa.array(begin + np.arange(len(batch))))
-            begin += len(batch)
-            runs = pc.run_end_encode(rows[0])
-            if not _in_order(rows, runs):
-                rows = rows.sort_by([(name, "ascending") for name in rows.schema.names[:3]])
-                runs = pc.run_end_encode(rows[0])
-            event_us, created_us, *usable_us, places = map(np.asarray, rows.columns[1:])
-            yield Block(self._numbers(runs.values), _ends(runs), places, event_us, created_us, *(usable_us or [event_us]))
+    def _offered(self, choice: Choice, block: Block) -> tuple[Integers, Integers]:
+        """Pairs, and for each the row of a block that would count if there were no others."""
+        entities = self._numbers(block.runs.values)
+        runs = np.flatnonzero(entities >= 0)
+        if not len(runs):
+            return runs, runs
+        lowest, highest = entities[runs[0]], entities[runs[-1]]
+        run_of = np.full(highest - lowest + 1, -1)
+        run_of[entities[runs] - lowest] = runs
+        begin, end = np.searchsorted(self._entities, (lowest, highest + 1))
+        run = run_of[self._entities[begin:end] - lowest]
+        pairs, run = begin + np.flatnonzero(run >= 0), run[run >= 0]
+        starts = np.concatenate([[0], block.ends[:-1]])
+        row = choice.in_block(block, starts[run], block.ends[run], self._at_us[pairs])
+        return pairs[row >= 0], row[row >= 0]
 
     def _numbers(self, entity_ids: pa.StringArray) -> Integers:
-        """The numbers of entities; -1 for those that are not asked for."""
-        if not len(entity_ids):
-            return np.empty(0, dtype=np.int64)
-        extent = pc.min_max(entity_ids).as_py()
-        # A hash table of those between alone: all batches together are to look at each entity about once.
-        begin = bisect_left(self._entity_ids, extent["min"], key=pa.StringScalar.as_py)
-        end = bisect_right(self._entity_ids, extent["max"], key=pa.StringScalar.as_py)
+        """The numbers of entities in ascending order; -1 for those that are not asked for."""
+        # A hash table of those between alone: all blocks together are to look at each entity about once.
+        begin = bisect_left(self._entity_ids, entity_ids[0].as_py(), key=pa.StringScalar.as_py) if len(entity_ids) else 0
+        end = bisect_right(self._entity_ids, entity_ids[-1].as_py(), key=pa.StringScalar.as_py) if len(entity_ids) else 0
         numbers = pc.index_in(entity_ids, value_set=self._entity_ids.slice(begin, end - begin))
         return np.asarray(pc.fill_null(pc.add(numbers.cast(pa.int64()), begin), -1))
 
 
-def values_at(places: Integers, readers: Iterable[pa.RecordBatchReader]) -> pa.Table:
-    """The rows at `places`, in their order, of rows that are read as they were for `AsOf.find`; nulls for -1."""
-    order = np.argsort(places)
-    n_missing = np.count_nonzero(places < 0)
-    wanted = places[order[n_missing:]]
-    begin = 0
-    found: list[pa.Table] = []
-    for reader in readers:
-        found.append(reader.schema.empty_table())
-        for batch in reader:
-            first, last = np.searchsorted(wanted, (begin, begin + len(batch)))
-            found.append(pa.Table.from_batches([batch.take(pa.array(wanted[first:last] - begin))]))
-            begin += len(batch)
-    rows = pa.concat_tables(found).combine_chunks()
-    numbers = np.empty(len(places), dtype=np.int64)
-    numbers[order] = np.arange(len(places)) - n_missing
-    return rows.take(pa.array(numbers, mask=places < 0))
+def _in_order(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, Block]:
+    block = _block(rows)
+    if not _is_in_order(block):
+        rows = rows.sort_by([(name, "ascending") for name in rows.schema.names[:3]])
+        block = _block(rows)
+    return rows, block
 
 
-def _ends(runs: pa.RunEndEncodedArray) -> Integers:
-    return np.asarray(runs.run_ends).astype(np.int64)
+def _block(rows: pa.RecordBatch) -> Block:
+    entity_id, *times = rows.columns[:4]
+    return Block(pc.run_end_encode(entity_id), *map(np.asarray, times))
 
 
-def _in_order(rows: pa.RecordBatch, runs: pa.RunEndEncodedArray) -> bool:
-    event_step, created_step = (np.diff(np.asarray(column)) for column in rows.columns[1:3])
-    ordered = (event_step > 0) | ((event_step == 0) & (created_step > 0))
-    ordered[_ends(runs)[:-1] - 1] = True
-    return bool(ordered.all()) and pc.all(pc.less(runs.values[:-1], runs.values[1:])).as_py()
+def _is_in_order(block: Block) -> bool:
+    event_step = np.diff(block.event_us)
+    ordered = (event_step > 0) | ((event_step == 0) & (np.diff(block.created_us) > 0))
+    ordered[block.ends[:-1] - 1] = True
+    entity_ids = block.runs.values
+    return bool(ordered.all()) and pc.all(pc.less(entity_ids[:-1], entity_ids[1:])).as_py()
 
 
 def _bisect(ascending: Integers, first: Integers, end: Integers, at: Integers, *, after: bool) -> Integers:

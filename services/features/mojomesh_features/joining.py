@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mojomesh_features.aggregating import Integers
-from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, AsOf, Choice, Found, values_at
+from mojomesh_features.asof import LAST, LAST_REPORTED, NEXT, AsOf, Choice
 from mojomesh_features.known import KnownRows, feature_column
 from mojomesh_store.vectors import Plan, Source
 
@@ -58,11 +58,11 @@ def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, Kn
     """
     spine = known[plan.model.spine]
     asof = AsOf(pairs["entity_id"].combine_chunks(), np.asarray(pairs["event_us"]))
-    row = asof.find(LAST, spine.read(LAST.keys, asof.extent, db))
-    values = values_at(row.places, spine.read(f"event_us AS spine_us{_listed(_spine_features(plan))}", asof.extent, db))
-    asked = pa.table(dict(zip(pairs.column_names + values.column_names, pairs.columns + values.columns, strict=True)))
-    db.register("pairs", asked.filter(pa.array(row.places >= 0)))
-    db.execute("CREATE OR REPLACE TEMP TABLE asked AS FROM pairs")
+    found = asof.find(LAST, spine.read(f"{LAST.keys}{_listed(_spine_features(plan))}", asof.extent, db))
+    columns = dict(zip(pairs.column_names, pairs.columns, strict=True)) | {"spine_us": found["event_us"]}
+    columns |= {name: found[name] for name in found.column_names[1:]}
+    db.register("pairs", pa.table(columns))
+    db.execute("CREATE OR REPLACE TEMP TABLE asked AS FROM pairs WHERE spine_us IS NOT NULL")
     _look_up(db, plan, known, labelled=False)
     return f"SELECT n{_columns(plan)} FROM found ORDER BY n"
 
@@ -123,38 +123,27 @@ class _Slice:
 
     def _label(self) -> Columns:
         label = self._plan.model.label
-        row, values = self._row(label.feature_set, self._own, NEXT, [label.column])
-        return {"label_us": pa.array(row.event_us, mask=row.places < 0), "label": values[label.column]}
+        found = self._find(label.feature_set, self._own, NEXT, [label.column])
+        return {"label_us": found["event_us"], "label": found[f"feature {label.column}"]}
 
     def _source(self, n: int, source: Source) -> Columns:
-        entity_ids = self._spine_value(source.join) if source.join else self._asked["entity_id"]
+        entity_ids = self._asked[f"feature {source.join}" if source.join else "entity_id"]
         if source.feature_set == self._plan.model.spine:
-            values = {name: self._spine_value(name) for name in _features(source)}
-            event_us = self._asked["spine_us"]
+            found, event_us = self._asked, self._asked["spine_us"]
         else:
             asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
             by_row = self._plan.model.known_at == "row"
-            row, values = self._row(source.feature_set, asof, LAST_REPORTED if by_row else LAST, _features(source))
-            event_us = pa.array(row.event_us, mask=row.places < 0)
-        columns = {_found_column(n, name): value for name, value in values.items()}
+            found = self._find(source.feature_set, asof, LAST_REPORTED if by_row else LAST, _features(source))
+            event_us = found["event_us"]
+        columns = {_found_column(n, name): found[f"feature {name}"] for name in _features(source)}
         if source.is_derived:
             columns[_found_column(n, None)] = pc.if_else(pc.is_valid(event_us), entity_ids, None)
         if source.max_age_us is not None:
             columns[f"source {n} us"] = event_us
         return columns
 
-    def _spine_value(self, name: str) -> pa.ChunkedArray:
-        return self._asked[f"feature {name}"]
-
-    def _row(self, feature_set: str, asof: AsOf, choice: Choice, features: Sequence[str]) -> tuple[Found, Columns]:
-        """The rows that count, and features of theirs by name."""
-        rows = self._known[feature_set]
-        found = asof.find(choice, rows.read(choice.keys, asof.extent, self._db.cursor()))
-        if not features:
-            return found, {}
-        columns = ", ".join(map(feature_column, features))
-        values = values_at(found.places, rows.read(columns, asof.extent, self._db.cursor()))
-        return found, dict(zip(features, values.columns, strict=True))
+    def _find(self, feature_set: str, asof: AsOf, choice: Choice, features: Sequence[str]) -> pa.Table:
+        return asof.find(choice, self._known[feature_set].read(f"{choice.keys}{_listed(features)}", asof.extent, self._db.cursor()))
 
 
 def _features(source: Source) -> list[str]:

@@ -62,9 +62,9 @@ class KnownRows:
         self._parts: list[str] = []
 
     def read(self, columns: str, extent: tuple[str, str], db: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatchReader]:
-        """Columns of the view, in SQL, of the entities in `extent`, first and last included: the same rows in the same order each time.
+        """Columns of the view, in SQL, of the entities in `extent`, first and last included.
 
-        The rows of a segment come in its order.
+        Rows of a segment come in its order, a batch never from two segments unless both are small.
         """
         first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
         for part in self._parts:
@@ -148,5 +148,4 @@ class KnownRows:
         return "created_at > " + (f"'{sealed.isoformat()}'" if sealed else "(SELECT counts_after FROM store.shard)")
 
     def _last_of_tied(self) -> str:
-        order = ", ".join(_ORDER)
-        return f"QUALIFY row_number() OVER (PARTITION BY {order} ORDER BY seq DESC) = 1 ORDER BY {order}"
+        return f"QUALIFY row_number() OVER (PARTITION BY {', '.join(_ORDER)} ORDER BY seq DESC) = 1"

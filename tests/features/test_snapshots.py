@@ -90,7 +90,7 @@ async def test_many_slices_make_one_snapshot(
         asked = model.model_copy(update={"known_at": known_at})
         in_one = await take(snapshots, asked, definitions, snapshot_time)
         with monkeypatch.context() as patch:
-            patch.setattr(joining, "_SLICE", 3)
+            patch.setattr(joining, "_VALUES", 3 * (3 + len(in_one.columns)))  # three rows
             assert await take(snapshots, asked, definitions, snapshot_time) == in_one
 
 

@@ -43,7 +43,12 @@ def _last(block: Block, first: Integers, end: Integers, at_us: Integers) -> Inte
 
 
 def _last_reported(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
-    order = np.lexsort((block.usable_us, np.repeat(np.arange(len(block.ends)), np.diff(block.ends, prepend=0))))
+    runs = np.repeat(np.arange(len(block.ends)), np.diff(block.ends, prepend=0))
+    jumbled = np.zeros(len(block.ends), dtype=bool)  # of these runs an earlier row was reported after a later one
+    jumbled[runs[1:][(np.diff(block.usable_us) < 0) & (np.diff(runs) == 0)]] = True
+    rows = np.flatnonzero(jumbled[runs])
+    order = np.arange(len(runs))
+    order[rows] = rows[np.lexsort((block.usable_us[rows], runs[rows]))]
     row = _bisect(block.usable_us[order], first, end, at_us, after=True) - 1
     # Of an entity's rows that could be used by then the one that is last in order; rows of entities before it are less.
     return np.where(row >= first, np.maximum.accumulate(order)[row], -1)
@@ -153,11 +158,10 @@ def _block(rows: pa.RecordBatch) -> Block:
 
 
 def _is_in_order(block: Block) -> bool:
-    event_step = np.diff(block.event_us)
-    ordered = (event_step > 0) | ((event_step == 0) & (np.diff(block.created_us) > 0))
-    ordered[block.ends[:-1] - 1] = True
-    entity_ids = block.runs.values
-    return bool(ordered.all()) and pc.all(pc.less(entity_ids[:-1], entity_ids[1:])).as_py()
+    entity_ids, event_step = block.runs.values, np.diff(block.event_us)
+    ascending = (event_step > 0) | ((event_step == 0) & (np.diff(block.created_us) > 0))
+    ascending[block.ends[:-1] - 1] = True
+    return bool(ascending.all()) and pc.all(pc.less(entity_ids[:-1], entity_ids[1:])).as_py()
 
 
 def _bisect(ascending: Integers, first: Integers, end: Integers, at: Integers, *, after: bool) -> Integers:

@@ -17,7 +17,8 @@ from mojomesh_store.vectors import Plan, Source
 ASKED_US = '"asked us"'
 """The time as of which features are derived, in microseconds since 1970."""
 
-_SLICE = 2_000_000  # pairs, for which rows are held in memory at a time
+_VALUES = 40_000_000  # held in memory at a time
+_KEPT = ("n", "entity_id", "event_us")
 _AT_ONCE = 4  # feature sets
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -90,10 +91,11 @@ def _found_column(n: int, name: str | None) -> str:
 def _look_up(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], labelled: bool) -> None:
     """Make `found`: the rows of `asked` (n, entity_id, event_us, the spine row's), with the label if wanted, and what the sources have."""
     ((n_asked,),) = db.execute("SELECT count(*) FROM asked").fetchall()
-    for begin in range(0, max(n_asked, 1), _SLICE):
-        asked = db.sql(f"FROM asked WHERE rowid BETWEEN {begin} AND {begin + _SLICE - 1}").to_arrow_table().combine_chunks()
+    at_once = _VALUES // (len(_KEPT) + len(plan.columns))
+    for begin in range(0, max(n_asked, 1), at_once):
+        asked = db.sql(f"FROM asked WHERE rowid BETWEEN {begin} AND {begin + at_once - 1}").to_arrow_table().combine_chunks()
         found = _Slice(db, plan, known, asked).found(labelled)
-        if n_asked <= _SLICE:
+        if n_asked <= at_once:
             db.register("found", found)
         else:
             db.register("slice", found)
@@ -112,7 +114,7 @@ class _Slice:
         self._own = AsOf(asked["entity_id"].combine_chunks(), self._at_us)
 
     def found(self, labelled: bool) -> pa.Table:
-        columns: Columns = {name: self._asked[name] for name in ("n", "entity_id", "event_us")}
+        columns: Columns = {name: self._asked[name] for name in _KEPT}
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             parts = [threads.submit(self._source, n, source) for n, source in enumerate(self._plan.sources)]
             if labelled:

@@ -128,7 +128,7 @@ class Sent:
 def n_keys(vectors: pa.Array) -> NDArray[np.int32]:
     """How many keys each vector has, or more if a text in it looks like one, but never fewer; shape (n_rows,).
 
-    JSON writes `":` after every key and, unless it is part of a text, nowhere else. To look for that takes a quarter of the time that parsing takes.
+    JSON writes `":` after every key and, unless it is part of a text, nowhere else. To count those takes a quarter of parsing.
     """
     _, ends, content = vectors.storage.buffers()
     begins = np.frombuffer(ends, np.int32)[vectors.offset : vectors.offset + len(vectors) + 1]

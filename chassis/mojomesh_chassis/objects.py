@@ -56,7 +56,7 @@ class Objects:
         """
         if self._folder is not None:
             if not (path := self._folder / key).exists():
-                raise NotFound(f"no object '{key}' in {self._url}")
+                raise self._missing(key)
             return path
         copy = folder / key.replace("/", "-")
         try:
@@ -65,7 +65,7 @@ class Objects:
                 async for chunk in found:
                     file.write(chunk)
         except (NotFoundError, FileNotFoundError):
-            raise NotFound(f"no object '{key}' in {self._url}") from None
+            raise self._missing(key) from None
         return copy
 
     async def get(self, key: str) -> bytes:
@@ -77,7 +77,7 @@ class Objects:
         try:
             return bytes(await (await obstore.get_async(self._store, key)).bytes_async())
         except (NotFoundError, FileNotFoundError):
-            raise NotFound(f"no object '{key}' in {self._url}") from None
+            raise self._missing(key) from None
 
     async def exists(self, key: str) -> bool:
         try:
@@ -98,6 +98,9 @@ class Objects:
     async def ping(self) -> None:
         """List nothing."""
         await self.list("ping")
+
+    def _missing(self, key: str) -> NotFound:
+        return NotFound(f"no object '{key}' in {self._url}")
 
 
 def open_objects(url: str) -> Objects:

@@ -5,7 +5,7 @@ each other without a gap; what was created after the last is the unsealed tail a
 """
 
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import text
@@ -28,32 +28,8 @@ class Segment(NamedTuple):
     last_event_time: datetime
 
 
-class Unsealed(NamedTuple):
-    """What of a feature set may be sealed, and the next segment of it."""
-
-    n_rows: int
-    oldest: datetime  # created_at of the oldest, to the second
-    until: datetime  # created_at up to which the next segment should reach, so that it does not grow too large
-    checksum: tuple[int, int]  # of the rows until then: their number and the sum of their seqs
-
-
 _NAMES = ", ".join(Segment._fields)
-
-_UNSEALED = text("""
-    WITH seconds AS (
-        SELECT date_bin('1 second', created_at, 'epoch') AS second, count(*) AS n, sum(seq) AS seqs FROM store.feature_rows
-        WHERE feature_set = :feature_set AND created_at <= :watermark AND created_at > :after
-        GROUP BY 1
-    ), growing AS (
-        SELECT *, sum(n) OVER (ORDER BY second) AS so_far FROM seconds
-    ), next AS (
-        SELECT second, n, seqs FROM growing WHERE so_far - n < :most
-    )
-    SELECT sum(n)::bigint, min(second),
-        (SELECT CASE WHEN sum(n) < :most THEN :watermark ELSE least(:watermark, max(second) + interval '999999 us') END FROM next),
-        (SELECT sum(n)::bigint FROM next), (SELECT sum(seqs)::bigint FROM next)
-    FROM seconds HAVING count(*) > 0
-""")
+_SAMPLE = 40_000  # rows of a whole segment that are looked at to say where it ends: it is a few per cent off
 
 
 async def take_turn(db: AsyncSession, feature_set: str) -> bool:
@@ -75,16 +51,36 @@ async def sealed_until(db: AsyncSession, feature_set: str) -> datetime | None:
     return until
 
 
-async def unsealed(db: AsyncSession, feature_set: str, follows: datetime | None, watermark: datetime, most: int) -> Unsealed | None:
-    """The rows created in (follows, watermark], and where to cut so that a segment has little more than `most`; None if there are none."""
-    # Asked for on its own: the planner, told a value, reads a long tail from end to end and not by its index.
-    after = (await db.execute(text("SELECT greatest(:follows, counts_after) FROM store.shard"), {"follows": follows})).scalar_one()
-    asked = {"feature_set": feature_set, "after": after, "watermark": watermark, "most": most}
-    found = (await db.execute(_UNSEALED, asked)).one_or_none()
-    if found is None:
-        return None
-    n_rows, oldest, until, *checksum = found
-    return Unsealed(n_rows, oldest, until, tuple(checksum))
+async def unsealed(
+    db: AsyncSession, feature_set: str, follows: datetime | None, watermark: datetime, enough: int
+) -> tuple[int, datetime | None]:
+    """Number and least created_at of the rows created in (follows, watermark]; of more than `enough` only of so many."""
+    found = await db.execute(
+        text("""
+            SELECT count(*), min(created_at) FROM (
+                SELECT created_at FROM store.feature_rows
+                WHERE feature_set = :feature_set AND created_at <= :until AND created_at > :after
+                LIMIT :enough
+            ) AS rows
+        """),
+        await _extent(db, feature_set, follows, watermark) | {"enough": enough},
+    )
+    n_rows, oldest = found.one()
+    return n_rows, oldest
+
+
+async def cut(db: AsyncSession, feature_set: str, follows: datetime | None, watermark: datetime, most: int) -> datetime:
+    """created_at, the end of a second or `watermark`, up to which about `most` rows at most were created after `follows`."""
+    sampled = min(most, _SAMPLE)
+    found = await db.execute(
+        text("""
+            SELECT date_bin('1 second', created_at, 'epoch') + interval '999999 us' FROM store.feature_rows TABLESAMPLE SYSTEM (:percent)
+            WHERE feature_set = :feature_set AND created_at <= :until AND created_at > :after
+            ORDER BY created_at OFFSET :before LIMIT 1
+        """),
+        await _extent(db, feature_set, follows, watermark) | {"percent": 100 * sampled / most, "before": sampled - 1},
+    )
+    return min(watermark, found.scalar_one_or_none() or watermark)
 
 
 async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None, until: datetime) -> tuple[int, int]:
@@ -92,13 +88,22 @@ async def checksum(db: AsyncSession, feature_set: str, follows: datetime | None,
     found = await db.execute(
         text("""
             SELECT count(*), coalesce(sum(seq), 0)::bigint FROM store.feature_rows
-            WHERE feature_set = :feature_set AND created_at <= :until
-                AND created_at > (SELECT greatest(:follows, counts_after) FROM store.shard)
+            WHERE feature_set = :feature_set AND created_at <= :until AND created_at > :after
         """),
-        {"feature_set": feature_set, "follows": follows, "until": until},
+        await _extent(db, feature_set, follows, until),
     )
     n_rows, sum_of_seqs = found.one()
     return n_rows, sum_of_seqs
+
+
+async def _extent(db: AsyncSession, feature_set: str, follows: datetime | None, until: datetime) -> dict[str, Any]:
+    """What names the rows created in (follows, until].
+
+    Where they begin is asked for on its own: told a value, the planner knows whether it is most of the rows or few, and reads a long tail
+    from end to end, a short one by the index.
+    """
+    after = (await db.execute(text("SELECT greatest(:follows, counts_after) FROM store.shard"), {"follows": follows})).scalar_one()
+    return {"feature_set": feature_set, "after": after, "until": until}
 
 
 async def register(db: AsyncSession, segment: Segment) -> None:

@@ -2,20 +2,27 @@
 
 import asyncio
 import io
+import json
 import os
+import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import httpx
+import numpy as np
+import orjson
+import pyarrow
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from adbc_driver_postgresql import dbapi
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -24,7 +31,9 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import Conflict
 from mojomesh_chassis.objects import Objects, open_objects
 from mojomesh_contracts.definitions import Model, parse_definition
+from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.sealing import Due, Sealer
+from mojomesh_features.segments import Sent, n_keys
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows as store_rows
 from mojomesh_store import segments
@@ -118,6 +127,110 @@ async def test_what_has_no_column_is_kept_beside_the_columns(
 
     assert (found["a"], found["other"]) == (2.5, '{"Seq":1,"size":3}')
     assert pq.read_table(objects.path_of(taken.path))["crews.size"].to_pylist() == [3]
+
+
+ODD: list[dict[str, FeatureValue]] = [
+    {"temp": 1.5, "fog": True},
+    {"temp": None, "fog": None},
+    {"temp": None, "wind": 7},  # as many keys as columns
+    {"temp": 2, "fog": False, "wind": 'at "night": strong'},
+    {"fog": True, 'a "key": with "': '": '},
+    {"wind": None},
+    {"Temp": 3},
+    {},
+]
+
+
+def not_missing(values: Mapping[str, FeatureValue]) -> dict[str, FeatureValue]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+async def test_whatever_a_vector_looks_like_nothing_of_it_is_lost(
+    sealer: Sealer, append_all: AppendAll, definitions: Definitions, objects: Objects, shard: Database
+) -> None:
+    await append_all(make_event("weather", "EWR", NOON + n * HOUR, values) for n, values in enumerate(ODD))
+
+    await sealer.seal(definitions)
+
+    (segment,) = await manifest(shard, "weather")
+    for values, row in zip(ODD, pq.read_table(objects.path_of(segment.path)).to_pylist(), strict=True):
+        found = {"temp": row["temp"], "fog": row["fog"]} | orjson.loads(row["other"] or "{}")
+        assert not_missing(found) == not_missing(values)
+
+
+def test_keys_are_never_counted_too_few() -> None:
+    rng = random.Random(0)
+    some = ["".join(rng.choices('a":\\ é', k=rng.randrange(8))) for _ in range(500)]
+    vectors = [dict(zip(rng.sample(some, n := rng.randrange(4)), rng.sample(some, n), strict=True)) for _ in range(2000)]
+    texts = pyarrow.array([json.dumps(vector, ensure_ascii=False) for vector in vectors], pyarrow.string())
+
+    counted = n_keys(pyarrow.ExtensionArray.from_storage(pyarrow.json_(pyarrow.string()), texts)[7:])
+
+    assert all(found >= len(vector) for found, vector in zip(counted, vectors[7:], strict=True))
+    assert np.mean([found == len(vector) for found, vector in zip(counted, vectors[7:], strict=True)]) > 0.5
+
+
+# Longer than one batch of what PostgreSQL sends, whose entities begin with the same text; then such as come before, between and after them.
+MANY = """
+    INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, event_id, "values")
+    SELECT 'arrivals',
+        CASE WHEN n < 39000 THEN 'flight-' || n % 7000 ELSE (ARRAY['aa', 'flight', 'flight-', 'flight-é', 'flight.', 'é'])[n % 6 + 1] END,
+        now() + n % 3 * interval '1 hour', now(), now(), gen_random_uuid(), jsonb_build_object('cause', repeat('x', 1000))
+    FROM generate_series(1, 40000) AS n
+"""
+
+
+async def test_entities_lie_in_order_whatever_those_that_came_first_begin_with(
+    sealer: Sealer, definitions: Definitions, objects: Objects, owner: Database, shard: Database
+) -> None:
+    async with owner.begin() as db:
+        await db.execute(text(MANY))
+
+    await sealer.seal(definitions)
+
+    (segment,) = await manifest(shard, "arrivals")
+    with duckdb.connect() as db_:
+        db_.execute(f"SELECT entity_id, epoch_us(event_time), epoch_us(created_at), seq FROM '{objects.path_of(segment.path)}'")
+        found = db_.fetchall()
+    assert len(found) == 40_000
+    assert found == sorted(found)
+
+
+async def test_a_reading_that_breaks_off_is_not_taken_for_the_end(owner: Database, postgres: Any, shard: Database) -> None:
+    async with owner.begin() as db:
+        await db.execute(text(MANY))
+    with dbapi.connect(postgres.url) as connection, closing(connection.cursor()) as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        (process,) = cursor.fetchone()
+        cursor.execute("""SELECT entity_id, seq, "values" AS vector FROM store.feature_rows""")
+        sent = Sent(cursor.fetch_record_batch())
+        async with shard.begin() as db:
+            await db.execute(text("SELECT pg_terminate_backend(:process)"), {"process": process})
+
+        with pytest.raises(OSError, match="libpq"):
+            list(sent.counted())
+    assert sent.n_rows < 40_000
+
+
+class Lossy(Objects):
+    """An object store in which a segment has a row less than was put there."""
+
+    async def create(self, key: str, content: bytes | Path) -> bool:
+        assert isinstance(content, Path)
+        table = pq.read_table(content)
+        pq.write_table(table.slice(1), content)
+        return await super().create(key, content)
+
+
+async def test_a_file_that_lost_a_row_on_the_way_is_not_registered(
+    feature_store: FeatureStore, postgres: Any, append_all: AppendAll, definitions: Definitions, shard: Database, tmp_path: Path
+) -> None:
+    await some_rows(append_all)
+    objects = Lossy((tmp_path / "objects").as_uri())
+
+    with pytest.raises(Conflict, match="holds other rows than PostgreSQL"):
+        await Sealer(feature_store, [postgres.url], objects, tmp_path / "work", "256MB").seal(definitions)
+    assert await manifest(shard, "flights") == []
 
 
 async def test_segments_follow_each_other_and_hold_every_row_once(

@@ -83,19 +83,19 @@ class Sealer:
             if not await segments.take_turn(db, name):
                 return None
             follows = await segments.sealed_until(db, name)
-            tail = await segments.unsealed(db, name, follows, watermark, most_rows)
-            if tail is None or (tail.n_rows < due.rows and watermark - tail.oldest < due.age):
+            n_rows, oldest = await segments.unsealed(db, name, follows, watermark, due.rows)
+            if oldest is None or (n_rows < due.rows and watermark - oldest < due.age):
                 return None
+            until = await segments.cut(db, name, follows, watermark, most_rows)
             path = f"segments/{name}/{shard.number}-{microseconds(follows) if follows else 0:016d}.parquet"
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix="seal-") as folder:
+                sent = None
                 if not await self._objects.exists(path):
-                    await self._write(self._shard_urls[shard.number], Extent(name, follows, tail.until), feature_set, path, Path(folder))
+                    sent = await self._write(self._shard_urls[shard.number], Extent(name, follows, until), feature_set, path, Path(folder))
                 file = await self._objects.fetch(path, Path(folder))
                 segment = await asyncio.to_thread(read_segment, file, name, follows, path)
-            stored = tail.checksum
-            if segment.created_until != tail.until:  # written by another
-                stored = await segments.checksum(db, name, follows, segment.created_until)
+            stored = sent or await segments.checksum(db, name, follows, segment.created_until)
             if stored != (segment.n_rows, segment.sum_of_seqs):
                 raise Conflict(f"'{path}' holds other rows than PostgreSQL: it belongs to another feature store; move it away")
             fault("features.before_register")
@@ -103,12 +103,13 @@ class Sealer:
         fault("features.after_register")
         return segment
 
-    async def _write(self, url: str, extent: Extent, feature_set: FeatureSet, path: str, folder: Path) -> None:
+    async def _write(self, url: str, extent: Extent, feature_set: FeatureSet, path: str, folder: Path) -> tuple[int, int] | None:
+        """Write a segment; its checksum by PostgreSQL, or None if another sealer was first: what that has written is as good."""
         file = folder / "segment.parquet"
         config = duckdb_config(self._memory_limit, folder)
-        await asyncio.to_thread(write_segment, url, extent, columns_of(feature_set.features), file, config)
+        sent = await asyncio.to_thread(write_segment, url, extent, columns_of(feature_set.features), file, config)
         fault("features.before_upload")
-        await self._objects.create(path, file)  # if another sealer was first, what it wrote is as good
+        return sent if await self._objects.create(path, file) else None
 
 
 @asynccontextmanager

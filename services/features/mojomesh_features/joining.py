@@ -17,7 +17,7 @@ from mojomesh_store.vectors import Plan, Source
 ASKED_US = '"asked us"'
 """The time as of which features are derived, in microseconds since 1970."""
 
-_VALUES = 40_000_000  # held in memory at a time
+_VALUES = 40_000_000  # that are looked up at a time: some 1 GB beside DuckDB's
 _KEPT = ("n", "entity_id", "event_us")
 _AT_ONCE = 4  # feature sets
 _MICROSECOND = timedelta(microseconds=1)
@@ -40,7 +40,7 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
         CREATE TEMP TABLE asked AS
         SELECT row_number() OVER () AS n, entity_id, event_us, event_us AS spine_us{_listed(_spine_features(plan))}
         FROM (FROM {spine} ORDER BY entity_id, event_us, {versions})
-        QUALIFY (entity_id, event_us) IS DISTINCT FROM (lag(entity_id) OVER (), lag(event_us) OVER ())
+        QUALIFY (event_us = lag(event_us) OVER () AND entity_id = lag(entity_id) OVER ()) IS NOT TRUE
     """)
     _look_up(db, plan, known, labelled=True)
     label = plan.model.label
@@ -131,7 +131,7 @@ class _Slice:
     def _source(self, n: int, source: Source) -> Columns:
         entity_ids = self._asked[f"feature {source.join}" if source.join else "entity_id"]
         if source.feature_set == self._plan.model.spine:
-            found, event_us = self._asked, self._asked["spine_us"]
+            found, entity_ids, event_us = self._asked, self._asked["entity_id"], self._asked["spine_us"]
         else:
             asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
             by_row = self._plan.model.known_at == "row"

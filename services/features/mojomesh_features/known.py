@@ -17,7 +17,7 @@ from mojomesh_features.segments import DUCKDB_TYPES, OTHER, json_shape
 from mojomesh_store.segments import Segment
 
 _SEGMENTS = TypeAdapter(list[Segment])
-_BATCH = 1_000_000
+_BATCH = 65_536
 _ORDER = ("entity_id", "event_us", "created_us")
 _TIMES = ", ".join(f"epoch_us({time}_{at}) AS {time}_us" for time, at in (("event", "time"), ("reported", "at"), ("created", "at")))
 
@@ -62,10 +62,7 @@ class KnownRows:
         self._parts: list[str] = []
 
     def read(self, columns: str, extent: tuple[str, str], db: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatchReader]:
-        """Columns of the view, in SQL, of the entities in `extent`, first and last included.
-
-        Rows of a segment come in its order, a batch never from two segments unless both are small.
-        """
+        """Columns of the view, in SQL, of the entities in `extent`, first and last included. A segment's come in its order."""
         first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
         for part in self._parts:
             rows = db.sql(f"SELECT {columns} FROM ({part}) WHERE entity_id BETWEEN {first} AND {last}")

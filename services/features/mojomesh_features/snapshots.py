@@ -1,6 +1,7 @@
 """Snapshots: the rows known at a time, joined as of their event times into one Parquet file, the same for ever.
 
-`known` brings the rows, from sealed segments and from PostgreSQL, `joining` says how they are joined, DuckDB does it.
+`known` reads the rows, from sealed segments and from PostgreSQL, `asof` finds those that count, `joining` puts them side by side, DuckDB
+sorts and writes them.
 """
 
 import asyncio

@@ -50,16 +50,17 @@ def following(rows: list[Row], at: int) -> Row | None:
 MEANINGS = [(LAST, last), (LAST_REPORTED, last_reported), (NEXT, following)]
 
 
-def readers(rows: list[Row], cuts: list[int]) -> list[pa.RecordBatchReader]:
+def readers(rows: list[Row], cuts: list[int], n_keys: int) -> list[pa.RecordBatchReader]:
     """The rows in their order, in batches; every second batch begins a reader of its own."""
+    schema = pa.schema([*list(SCHEMA)[:n_keys], SCHEMA.field("row")])
     numbered = [row._asdict() | {"row": n} for n, row in enumerate(rows, start=1)]
-    batches = [pa.RecordBatch.from_pylist(numbered[a:b], SCHEMA) for a, b in pairwise(sorted({0, *cuts, len(rows)}))]
-    return [pa.RecordBatchReader.from_batches(SCHEMA, batches[n : n + 2]) for n in range(0, max(len(batches), 1), 2)]
+    batches = [pa.RecordBatch.from_pylist(numbered[a:b], schema) for a, b in pairwise(sorted({0, *cuts, len(rows)}))]
+    return [pa.RecordBatchReader.from_batches(schema, batches[n : n + 2]) for n in range(0, max(len(batches), 1), 2)]
 
 
 def found(choice: Choice, asked: list[tuple[str | None, int]], rows: list[Row], cuts: list[int]) -> list[Row | None]:
     entity_ids, times = pa.array([pair[0] for pair in asked], pa.string()), np.array([pair[1] for pair in asked], dtype=np.int64)
-    answers = AsOf(entity_ids, times).find(choice, readers(rows, cuts)).to_pylist()
+    answers = AsOf(entity_ids, times).find(choice, readers(rows, cuts, choice.n_keys)).to_pylist()
     assert [answer["event_us"] for answer in answers] == [answer["row"] and rows[answer["row"] - 1].event_us for answer in answers]
     return [None if answer["row"] is None else rows[answer["row"] - 1] for answer in answers]
 

@@ -35,6 +35,7 @@ class Choice(NamedTuple):
     keys: str  # to read, in SQL
     in_block: Callable[[Block, Integers, Integers, Integers], Integers]
     event_sign: int  # 1: the greatest, -1: the least
+    n_keys: int = 3
 
 
 def _last(block: Block, first: Integers, end: Integers, at_us: Integers) -> Integers:
@@ -62,11 +63,11 @@ def _next(block: Block, first: Integers, end: Integers, at_us: Integers) -> Inte
 
 _KEYS = "entity_id, event_us, created_us"
 
-LAST = Choice(f"{_KEYS}, event_us AS usable_us", _last, 1)
+LAST = Choice(_KEYS, _last, 1)
 """The last row not after the time, in its last version."""
-LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us) AS usable_us", _last_reported, 1)
+LAST_REPORTED = Choice(f"{_KEYS}, greatest(event_us, reported_us) AS usable_us", _last_reported, 1, 4)
 """The last row not after the time, in its last version, of those that had been reported by then."""
-NEXT = Choice(f"{_KEYS}, event_us AS usable_us", _next, -1)
+NEXT = Choice(_KEYS, _next, -1)
 """The first row not before the time, in its last version."""
 
 
@@ -99,10 +100,10 @@ class AsOf:
         taken: list[pa.Table] = []
         n_taken = 0
         for reader in readers:
-            answer = [1, *range(4, len(reader.schema))]
+            answer = [1, *range(choice.n_keys, len(reader.schema))]
             taken.append(reader.schema.empty_table().select(answer))
             for batch in reader:
-                rows, block = _in_order(batch)
+                rows, block = _in_order(batch, choice.n_keys)
                 pairs, row = self._offered(choice, block)
                 later = (block.event_us[row] - event_us[pairs]) * choice.event_sign
                 better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (block.created_us[row] > created_us[pairs]))
@@ -144,17 +145,16 @@ class AsOf:
         return np.asarray(pc.fill_null(pc.add(numbers.cast(pa.int64()), begin), -1))
 
 
-def _in_order(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, Block]:
-    block = _block(rows)
+def _in_order(rows: pa.RecordBatch, n_keys: int) -> tuple[pa.RecordBatch, Block]:
+    block = _block(*rows.columns[:n_keys])
     if not _is_in_order(block):
         rows = rows.sort_by([(name, "ascending") for name in rows.schema.names[:3]])
-        block = _block(rows)
+        block = _block(*rows.columns[:n_keys])
     return rows, block
 
 
-def _block(rows: pa.RecordBatch) -> Block:
-    entity_id, *times = rows.columns[:4]
-    return Block(pc.run_end_encode(entity_id), *map(np.asarray, times))
+def _block(entity_id: pa.StringArray, event_us: pa.Array, created_us: pa.Array, usable_us: pa.Array | None = None) -> Block:
+    return Block(pc.run_end_encode(entity_id), *map(np.asarray, (event_us, created_us, event_us if usable_us is None else usable_us)))
 
 
 def _is_in_order(block: Block) -> bool:

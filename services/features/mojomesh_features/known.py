@@ -63,6 +63,7 @@ class KnownRows:
 
     def read(self, columns: str, extent: tuple[str, str], db: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatchReader]:
         """Columns of the view, in SQL, of the entities in `extent`, first and last included. A segment's come in its order."""
+        db.execute("SET streaming_buffer_size = '16MB'")  # with less DuckDB waits for us before it reads on
         first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
         for part in self._parts:
             rows = db.sql(f"SELECT {columns} FROM ({part}) WHERE entity_id BETWEEN {first} AND {last}")

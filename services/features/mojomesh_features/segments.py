@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from datetime import datetime
-from itertools import chain, islice
-from os.path import commonprefix
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -111,7 +110,8 @@ class Sent:
         self._schema = batches.schema
         self._batches = chain(first.to_batches(), batches)
         least, greatest = pc.min_max(first["entity_id"]).as_py().values()
-        self.common = commonprefix([least or "", greatest or ""])  # noqa: RUF071 (of texts)
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(least or "", greatest or "", strict=False))
+        self.common = "".join(letter for letter, _ in alike)
         self.n_rows = self.sum_of_seqs = 0
 
     def counted(self) -> pa.RecordBatchReader:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,9 +80,7 @@ class Paced:
 async def paced(scorer: Scorer, model: str, rows: Sequence[Row], rate: int, retrying: bool = False) -> AsyncIterator[Paced]:
     """`rate` requests a second over HTTP and gRPC; all that were begun are waited for at the end."""
     log = Paced(scorer, model, retrying)
-    address = f"127.0.0.1:{scorer.grpc_port}"
-    channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(N_CHANNELS)]
-    over_grpc = [_GrpcDoor(channel, model, rows) for channel in channels]
+    over_grpc = [_GrpcDoor(scorer.grpc_port, model, rows) for _ in range(N_CHANNELS)]
     over_http = _HttpDoor(scorer.http_port, model, rows)
     under_way: set[asyncio.Task[None]] = set()
     await over_http.connect()
@@ -107,8 +105,8 @@ async def paced(scorer: Scorer, model: str, rows: Sequence[Row], rate: int, retr
         await asyncio.gather(pacing, return_exceptions=True)
         await asyncio.gather(*under_way)
         over_http.close()
-        for channel in channels:
-            await channel.close()
+        for door in over_grpc:
+            await door.close()
 
 
 async def _ask(log: Paced, door: "_HttpDoor | _GrpcDoor", row: int) -> None:
@@ -200,28 +198,36 @@ class _Connection:
 
 
 class _GrpcDoor:
-    """V2 over one channel."""
+    """V2 over one channel that stays."""
 
     name = "grpc"
 
-    def __init__(self, channel: grpc.aio.Channel, model: str, rows: Sequence[Row]) -> None:
+    def __init__(self, port: int, model: str, rows: Sequence[Row]) -> None:
+        self._port = port
+        self._channel = self._connect()
         self._free = asyncio.Semaphore(N_CONNECTIONS)
-        self._infer = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         self._requests = [_infer_request(model, row) for row in rows[:N_ROWS]]
 
     async def score(self, row: int, again: bool = False) -> tuple[int, float, str]:
-        """Version, score and prediction id; the channel connects anew by itself.
+        """Version, score and prediction id; `again` over a channel of its own, since this one may give the call to a connection whose end
+        it has not noticed: it learns of that in a thread of its own, after the call that broke.
 
         Raises:
             AnswerLost: An error instead of an answer.
         """
         try:
-            async with self._free:
-                reply = await self._infer(self._requests[row], timeout=30)
+            async with self._free, self._connect() if again else nullcontext(self._channel) as channel:
+                reply = await pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(self._requests[row], timeout=30)
         except grpc.aio.AioRpcError as error:
             raise AnswerLost(f"{error.code()} {error.details()}", None) from error
         raw = dict(zip((output.name for output in reply.outputs), reply.raw_output_contents, strict=True))
         return int(reply.model_version), float(np.frombuffer(raw["score"])[0]), raw["prediction_id"][4:].decode()
+
+    def _connect(self) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{self._port}", options=[("grpc.use_local_subchannel_pool", 1)])
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 def _infer_request(model: str, row: Row) -> Any:

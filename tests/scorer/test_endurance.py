@@ -37,6 +37,7 @@ from tests.scorer.making import (
 )
 from tests.scorer.pacing import N_ROWS, Answered, Broken, paced
 
+NOTICED_S = 0.1  # until when a client may not have heard that its connection ended
 LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
@@ -128,6 +129,7 @@ async def kill(scorer: Scorer, pid: int) -> Kill:
     psutil.Process(pid).kill()
     while psutil.pid_exists(pid):  # its connections are open until the last thread is gone
         await asyncio.sleep(0.001)
+    await asyncio.sleep(NOTICED_S)
     return Kill(time.monotonic(), spared)
 
 

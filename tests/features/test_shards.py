@@ -1,6 +1,6 @@
 """A shard that is away takes its own entities with it and no others, and says so."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from mojomesh_features.segments import rows_of_entity
 from mojomesh_features.snapshots import Snapshots, label_of
 from mojomesh_store import rows
 from mojomesh_store.rebalancing import claim, rebalance
+from mojomesh_store.segments import Segment
 from mojomesh_store.shards import FeatureStore, ShardRouter, open_feature_store
 from mojomesh_store.vectors import plan_of
 from tests.features.definition import HOUR
@@ -98,15 +99,15 @@ async def test_a_shard_that_dies_between_a_snapshots_passage_and_its_reading_is_
             postgres_cluster.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
 
     class Dying(KnownRows):
-        def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:
-            super().create_tail(db)
+        def read_tails(self, shards: Sequence[dbapi.Connection], db: duckdb.DuckDBPyConnection) -> None:
             if point == "before it is read":
                 die()
+            super().read_tails(shards, db)
 
-        def read_tail(self, shard: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+        def _sealed(self, cursor: dbapi.Cursor) -> list[Segment]:
             if point == "while it is read":
                 die()
-            super().read_tail(shard, db)
+            return super()._sealed(cursor)
 
         def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
             if point == "between rows":

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 
 from mojomesh_features.aggregating import Integers
 
+_FAR_US = 2**62  # of no row, and no difference to one overflows
+
 
 class Block(NamedTuple):
     """Rows in order. A run of them is of one entity."""
@@ -96,7 +98,7 @@ class AsOf:
         """The row that counts for each pair, of rows with `choice.keys` first: event_us and what follows the keys; nulls for none."""
         n = len(self._order)
         places = np.full(n, -1)  # in what was taken
-        event_us, created_us = np.zeros((2, n), dtype=np.int64)
+        event_us, created_us = np.full(n, -choice.event_sign * _FAR_US), np.zeros(n, dtype=np.int64)
         taken: list[pa.Table] = []
         n_taken = 0
         for reader in readers:
@@ -104,9 +106,9 @@ class AsOf:
             taken.append(reader.schema.empty_table().select(answer))
             for batch in reader:
                 rows, block = _in_order(batch, choice.n_keys)
-                pairs, row = self._offered(choice, block)
+                pairs, row = self._offered(choice, block, event_us)
                 later = (block.event_us[row] - event_us[pairs]) * choice.event_sign
-                better = (places[pairs] < 0) | (later > 0) | ((later == 0) & (block.created_us[row] > created_us[pairs]))
+                better = (later > 0) | ((later == 0) & (block.created_us[row] > created_us[pairs]))
                 pairs, row = pairs[better], row[better]
                 places[pairs] = n_taken + np.arange(len(pairs))
                 event_us[pairs], created_us[pairs] = block.event_us[row], block.created_us[row]
@@ -118,10 +120,10 @@ class AsOf:
                     places[found], n_taken = np.arange(len(found)), len(found)
         answers = np.full(self._n, -1)
         answers[self._order] = places
-        return pa.concat_tables(taken).combine_chunks().take(pa.array(answers, mask=answers < 0))
+        return pa.concat_tables(taken).take(pa.array(answers, mask=answers < 0))
 
-    def _offered(self, choice: Choice, block: Block) -> tuple[Integers, Integers]:
-        """Pairs, and for each the row of a block that would count if there were no others."""
+    def _offered(self, choice: Choice, block: Block, found_us: Integers) -> tuple[Integers, Integers]:
+        """Pairs for which the block may have a better row than was found, and for each the row of it that would count."""
         entities = self._numbers(block.runs.values)
         runs = np.flatnonzero(entities >= 0)
         if not len(runs):
@@ -130,8 +132,12 @@ class AsOf:
         run_of = np.full(highest - lowest + 1, -1)
         run_of[entities[runs] - lowest] = runs
         begin, end = np.searchsorted(self._entities, (lowest, highest + 1))
-        run = run_of[self._entities[begin:end] - lowest]
-        pairs, run = begin + np.flatnonzero(run >= 0), run[run >= 0]
+        worst_us, best_us = (block.event_us.min(), block.event_us.max())[:: choice.event_sign]
+        may_count = (self._at_us[begin:end] - worst_us) * choice.event_sign >= 0
+        may_count &= (best_us - found_us[begin:end]) * choice.event_sign >= 0
+        pairs = begin + np.flatnonzero(may_count)
+        run = run_of[self._entities[pairs] - lowest]
+        pairs, run = pairs[run >= 0], run[run >= 0]
         starts = np.concatenate([[0], block.ends[:-1]])
         row = choice.in_block(block, starts[run], block.ends[run], self._at_us[pairs])
         return pairs[row >= 0], row[row >= 0]

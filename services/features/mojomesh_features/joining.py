@@ -17,6 +17,7 @@ from mojomesh_store.vectors import Plan, Source
 ASKED_US = '"asked us"'
 """The time as of which features are derived, in microseconds since 1970."""
 
+_FOUND = "(FROM first UNION ALL FROM others)"  # a table apart, since most often the first are all, and are not copied
 _VALUES = 40_000_000  # that are looked up at a time: some 1 GB beside DuckDB's
 _KEPT = ("n", "entity_id", "event_us")
 _AT_ONCE = 4  # feature sets
@@ -36,19 +37,18 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
     versions = "created_us DESC"
     if plan.model.known_at == "row":
         versions = "reported_us <= event_us DESC, CASE WHEN reported_us <= event_us THEN -created_us ELSE created_us END"
-    db.execute(f"""
-        CREATE TEMP TABLE asked AS
+    asked = db.cursor().sql(f"""
         SELECT row_number() OVER () AS n, entity_id, event_us, event_us AS spine_us{_listed(_spine_features(plan))}
         FROM (FROM {spine} ORDER BY entity_id, event_us, {versions})
         QUALIFY (event_us = lag(event_us) OVER () AND entity_id = lag(entity_id) OVER ()) IS NOT TRUE
     """)
-    _look_up(db, plan, known, labelled=True)
+    _look_up(db, plan, known, asked.to_arrow_reader(_at_once(plan)), labelled=True)
     label = plan.model.label
     within = "" if label.within is None else f"AND label_us - event_us <= {label.within // _MICROSECOND}"
     return f"""
         SELECT entity_id, {_milliseconds("event_us")} AS event_time, {_milliseconds("label_us")} AS label_time,
             {"CAST(label AS DOUBLE) AS label" if label.type == "binary" else "label"}{_columns(plan)}
-        FROM found WHERE label IS NOT NULL {within} ORDER BY event_time, n
+        FROM {_FOUND} WHERE label IS NOT NULL {within} ORDER BY event_time, n
     """
 
 
@@ -59,13 +59,12 @@ def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, Kn
     """
     spine = known[plan.model.spine]
     asof = AsOf(pairs["entity_id"].combine_chunks(), np.asarray(pairs["event_us"]))
-    found = asof.find(LAST, spine.read(f"{LAST.keys}{_listed(_spine_features(plan))}", asof.extent, db))
+    found = _find(db, spine, _spine_features(plan), asof, LAST)
     columns = dict(zip(pairs.column_names, pairs.columns, strict=True)) | {"spine_us": found["event_us"]}
     columns |= {name: found[name] for name in found.column_names[1:]}
-    db.register("pairs", pa.table(columns))
-    db.execute("CREATE OR REPLACE TEMP TABLE asked AS FROM pairs WHERE spine_us IS NOT NULL")
-    _look_up(db, plan, known, labelled=False)
-    return f"SELECT n{_columns(plan)} FROM found ORDER BY n"
+    asked = pa.table(columns).filter(pc.field("spine_us").is_valid())
+    _look_up(db, plan, known, asked.to_reader(_at_once(plan)), labelled=False)
+    return f"SELECT n{_columns(plan)} FROM {_FOUND} ORDER BY n"
 
 
 def _spine_features(plan: Plan) -> list[str]:
@@ -88,18 +87,33 @@ def _found_column(n: int, name: str | None) -> str:
     return f"source {n} entity_id" if name is None else f"source {n} feature {name}"
 
 
-def _look_up(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], labelled: bool) -> None:
-    """Make `found`: the rows of `asked` (n, entity_id, event_us, the spine row's), with the label if wanted, and what the sources have."""
-    ((n_asked,),) = db.execute("SELECT count(*) FROM asked").fetchall()
-    at_once = _VALUES // (len(_KEPT) + len(plan.columns))
-    for begin in range(0, max(n_asked, 1), at_once):
-        asked = db.sql(f"FROM asked WHERE rowid BETWEEN {begin} AND {begin + at_once - 1}").to_arrow_table().combine_chunks()
-        found = _Slice(db, plan, known, asked).found(labelled)
-        if n_asked <= at_once:
-            db.register("found", found)
-        else:
-            db.register("slice", found)
-            db.execute("INSERT INTO found FROM slice" if begin else "CREATE OR REPLACE TEMP TABLE found AS FROM slice")
+def _at_once(plan: Plan) -> int:
+    return _VALUES // (len(_KEPT) + len(plan.columns))
+
+
+def _look_up(
+    db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], asked: pa.RecordBatchReader, labelled: bool
+) -> None:
+    """Put side by side, in `_FOUND`, the rows that are asked for (n, entity_id, event_us, the spine row's), what the sources have for them,
+    and the label if wanted; batches have at most `_at_once` rows.
+    """
+    slices = _slices(asked, _at_once(plan))
+    db.register("first", _Slice(db, plan, known, next(slices)).found(labelled))
+    db.execute("CREATE OR REPLACE TEMP TABLE others AS FROM first LIMIT 0")
+    for rows in slices:
+        db.register("slice", _Slice(db, plan, known, rows).found(labelled))
+        db.execute("INSERT INTO others FROM slice")
+
+
+def _slices(reader: pa.RecordBatchReader, n_rows: int) -> Iterator[pa.Table]:
+    """The rows in tables of at most `n_rows`; one at least."""
+    batches: list[pa.RecordBatch] = []
+    for batch in reader:
+        if batches and sum(map(len, batches)) + len(batch) > n_rows:
+            yield pa.Table.from_batches(batches)
+            batches = []
+        batches.append(batch)
+    yield pa.Table.from_batches(batches, reader.schema)
 
 
 class _Slice:
@@ -125,7 +139,7 @@ class _Slice:
 
     def _label(self) -> Columns:
         label = self._plan.model.label
-        found = self._find(label.feature_set, self._own, NEXT, [label.column])
+        found = _find(self._db, self._known[label.feature_set], [label.column], self._own, NEXT)
         return {"label_us": found["event_us"], "label": found[f"feature {label.column}"]}
 
     def _source(self, n: int, source: Source) -> Columns:
@@ -135,7 +149,7 @@ class _Slice:
         else:
             asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
             by_row = self._plan.model.known_at == "row"
-            found = self._find(source.feature_set, asof, LAST_REPORTED if by_row else LAST, _features(source))
+            found = _find(self._db, self._known[source.feature_set], _features(source), asof, LAST_REPORTED if by_row else LAST)
             event_us = found["event_us"]
         columns = {_found_column(n, name): found[f"feature {name}"] for name in _features(source)}
         if source.is_derived:
@@ -144,8 +158,10 @@ class _Slice:
             columns[f"source {n} us"] = event_us
         return columns
 
-    def _find(self, feature_set: str, asof: AsOf, choice: Choice, features: Sequence[str]) -> pa.Table:
-        return asof.find(choice, self._known[feature_set].read(f"{choice.keys}{_listed(features)}", asof.extent, self._db.cursor()))
+
+def _find(db: duckdb.DuckDBPyConnection, rows: KnownRows, features: Sequence[str], asof: AsOf, choice: Choice) -> pa.Table:
+    newest_first = choice.event_sign > 0  # what counts comes early then, and what comes after it is passed over
+    return asof.find(choice, rows.read(f"{choice.keys}{_listed(features)}", asof.extent, newest_first, db.cursor()))
 
 
 def _features(source: Source) -> list[str]:

@@ -1,12 +1,14 @@
 """The rows that were known at a time: sealed segments and what is not sealed yet, read by DuckDB."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from copy import copy
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -18,30 +20,38 @@ from mojomesh_store.segments import Segment
 
 _SEGMENTS = TypeAdapter(list[Segment])
 _BATCH = 65_536
+_ONE_CLONE = Lock()  # a connection takes one call at a time
 _ORDER = ("entity_id", "event_us", "created_us")
 _TIMES = ", ".join(f"epoch_us({time}_{at}) AS {time}_us" for time, at in (("event", "time"), ("reported", "at"), ("created", "at")))
 
 
-def read_known(known: Collection["KnownRows"], shard_urls: Sequence[str], db: duckdb.DuckDBPyConnection) -> None:
-    """Bring what is not sealed of these feature sets from PostgreSQL, side by side, and learn which segments hold the rest."""
+class Opening(Mapping[str, "KnownRows"]):
+    """The rows of feature sets that are being opened, by name; who asks for some, in a thread, waits until they can be read."""
 
-    def read(rows: KnownRows, shard: dbapi.Connection, own: duckdb.DuckDBPyConnection) -> None:
-        with shard, closing(shard.cursor()) as cursor:
-            # One transaction: no partition leaves the table between our look at the manifest and our reading of the tail.
-            cursor.execute("LOCK TABLE store.feature_rows IN ACCESS SHARE MODE")
-            rows.read_tail(cursor, own)
+    def __init__(self, opening: Mapping[str, "Future[KnownRows]"]) -> None:
+        self._opening = opening
 
-    for rows in known:
-        rows.create_tail(db)
-    with ThreadPoolExecutor() as threads:
-        for url in shard_urls:
-            with dbapi.connect(url) as first:  # learns PostgreSQL's types, which takes longer than all else; its clones know them
-                list(threads.map(read, known, [first.adbc_clone() for _ in known], [db.cursor() for _ in known]))
+    def __getitem__(self, name: str) -> "KnownRows":
+        return self._opening[name].result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opening)
+
+    def __len__(self) -> int:
+        return len(self._opening)
 
 
 def feature_column(name: str) -> str:
     """A feature's column in a view, quoted, and kept apart from the columns of every row."""
     return f'"feature {name}"'
+
+
+class _Alike(NamedTuple):
+    """What segments have in common that one query reads."""
+
+    columns: tuple[str, ...]
+    tied: bool
+    partly_known: bool
 
 
 class KnownRows:
@@ -53,60 +63,75 @@ class KnownRows:
     """
 
     def __init__(self, feature_set: str, features: Mapping[str, str], snapshot_time: datetime) -> None:
-        self._feature_set = feature_set
+        self.feature_set = feature_set
         self._features = {name: DUCKDB_TYPES[kind] for name, kind in features.items()}
         self._snapshot_time = snapshot_time
         self._tail = f'"tail {feature_set}"'
         self.view = f'"rows {feature_set}"'
         self.segments: list[Segment] = []
-        self._parts: list[str] = []
+        self._files: dict[_Alike, list[Path]] = {}
+        self._tied = False
+        self._until = ""
 
-    def read(self, columns: str, extent: tuple[str, str], db: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatchReader]:
+    def read(
+        self, columns: str, extent: tuple[str, str], newest_first: bool, db: duckdb.DuckDBPyConnection
+    ) -> Iterator[pa.RecordBatchReader]:
         """Columns of the view, in SQL, of the entities in `extent`, first and last included. A segment's come in its order."""
         db.execute("SET streaming_buffer_size = '16MB'")  # with less DuckDB waits for us before it reads on
         first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
-        for part in self._parts:
+        for part in self._parts(newest_first):
             rows = db.sql(f"SELECT {columns} FROM ({part}) WHERE entity_id BETWEEN {first} AND {last}")
             yield rows.to_arrow_reader(_BATCH)
 
-    def create_tail(self, db: duckdb.DuckDBPyConnection) -> None:
-        """Make the table for what is not sealed."""
+    def read_tails(self, shards: Sequence[dbapi.Connection], db: duckdb.DuckDBPyConnection) -> None:
+        """Bring what is not sealed from PostgreSQL, and learn which segments hold the rest."""
         columns = "".join(f", {feature_column(name)} {kind}" for name, kind in self._features.items())
         times = "event_us BIGINT, reported_us BIGINT, created_us BIGINT"
         db.execute(f"CREATE TABLE {self._tail} (entity_id VARCHAR, {times}, seq BIGINT{columns})")
-
-    def read_tail(self, shard: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
-        """Learn which segments a shard has, and bring what is known and not in them."""
-        segments = self._sealed(shard)
-        self.segments += [segment for segment in segments if segment.follows is None or segment.follows < self._snapshot_time]
-        if not segments or segments[-1].created_until < self._snapshot_time:
-            self._read_after(segments[-1].created_until if segments else None, shard, db)
+        for shard in shards:
+            with _ONE_CLONE:
+                own = shard.adbc_clone()
+            with own, closing(own.cursor()) as cursor:
+                # One transaction: no partition leaves the table between our look at the manifest and our reading of the tail.
+                cursor.execute("LOCK TABLE store.feature_rows IN ACCESS SHARE MODE")
+                segments = self._sealed(cursor)
+                self.segments += [segment for segment in segments if segment.follows is None or segment.follows < self._snapshot_time]
+                if not segments or segments[-1].created_until < self._snapshot_time:
+                    self._read_after(segments[-1].created_until if segments else None, cursor, db)
 
     def create_view(self, db: duckdb.DuckDBPyConnection, files: Mapping[str, Path]) -> None:
         """Make the view; `files` are the segments' on this machine, by path."""
         alike = defaultdict(list)
         for segment in self.segments:
-            alike[tuple(segment.columns), segment.n_tied > 0, segment.created_until > self._snapshot_time].append(segment.path)
-        self._parts = [self._part([files[path] for path in paths], *kind) for kind, paths in alike.items()]
-        tied = db.execute(f"SELECT 1 FROM {self._tail} GROUP BY {', '.join(_ORDER)} HAVING count(*) > 1 LIMIT 1").fetchone()
-        self._parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if tied else ''}")
+            partly_known = segment.created_until > self._snapshot_time
+            alike[_Alike(tuple(segment.columns), segment.n_tied > 0, partly_known)].append(files[segment.path])
+        self._files = dict(alike)
+        grouped = f"SELECT 1 FROM {self._tail} GROUP BY {', '.join(_ORDER)} HAVING count(*) > 1 LIMIT 1"
+        self._tied = db.execute(grouped).fetchone() is not None
         self._create_view(db)
 
     def until(self, known_us: int, db: duckdb.DuckDBPyConnection) -> "KnownRows":
         """Those of them with `created_us <= known_us`."""
         then = copy(self)
-        then.view = f'"then {self._feature_set}"'
-        then._parts = [f"FROM ({part}) WHERE created_us <= {known_us}" for part in self._parts]
+        then.view = f'"then {self.feature_set}"'
+        then._until = f"WHERE created_us <= {known_us}"
         then._create_view(db)
         return then
 
     def _create_view(self, db: duckdb.DuckDBPyConnection) -> None:
-        db.execute(f"CREATE OR REPLACE VIEW {self.view} AS {' UNION ALL '.join(f'FROM ({part})' for part in self._parts)}")
+        db.execute(f"CREATE OR REPLACE VIEW {self.view} AS {' UNION ALL '.join(self._parts())}")
+
+    def _parts(self, newest_first: bool = False) -> list[str]:
+        """Queries, which read one after the other what is alike and lies in order."""
+        step = -1 if newest_first else 1
+        parts = [self._part(files[::step], alike) for alike, files in self._files.items()]
+        parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if self._tied else ''}")
+        return [f"FROM ({part}) {self._until}" for part in parts[::step]]
 
     def _sealed(self, cursor: dbapi.Cursor) -> list[Segment]:
         cursor.execute(f"""
             SELECT coalesce(json_agg(listed), '[]')::text FROM (
-                SELECT {", ".join(Segment._fields)} FROM store.segments WHERE feature_set = '{self._feature_set}' ORDER BY created_until
+                SELECT {", ".join(Segment._fields)} FROM store.segments WHERE feature_set = '{self.feature_set}' ORDER BY created_until
             ) AS listed
         """)
         return _SEGMENTS.validate_json(cursor.fetchone()[0])
@@ -114,7 +139,7 @@ class KnownRows:
     def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
         cursor.execute(f"""
             SELECT entity_id, event_time, reported_at, created_at, seq, "values" AS vector FROM store.feature_rows
-            WHERE feature_set = '{self._feature_set}' AND {self._known()} AND {self._counts(sealed)}
+            WHERE feature_set = '{self.feature_set}' AND {self._known()} AND {self._counts(sealed)}
         """)
         db.register("arriving", cursor.fetch_arrow())
         features = "".join(f', vector."{name}"' for name in self._features)
@@ -124,13 +149,13 @@ class KnownRows:
         """)
         db.unregister("arriving")
 
-    def _part(self, files: Sequence[Path], columns: Sequence[str], tied: bool, partly_known: bool) -> str:
+    def _part(self, files: Sequence[Path], alike: "_Alike") -> str:
         """The rows of segments that are alike."""
-        features = "".join(f", {self._value(name, columns)} AS {feature_column(name)}" for name in self._features)
+        features = "".join(f", {self._value(name, alike.columns)} AS {feature_column(name)}" for name in self._features)
         listed = ", ".join(f"'{file}'" for file in files)
         return f"""
             SELECT entity_id, {_TIMES}{features} FROM read_parquet([{listed}])
-            {f"WHERE {self._known()}" if partly_known else ""} {self._last_of_tied() if tied else ""}
+            {f"WHERE {self._known()}" if alike.partly_known else ""} {self._last_of_tied() if alike.tied else ""}
         """
 
     def _value(self, name: str, columns: Sequence[str]) -> str:

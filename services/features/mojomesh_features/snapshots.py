@@ -8,9 +8,9 @@ import asyncio
 import hashlib
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from mojomesh_contracts.definitions import Feature, Label
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_features.deriving import with_derived
 from mojomesh_features.joining import asked_rows, training_rows
-from mojomesh_features.known import KnownRows, read_known
+from mojomesh_features.known import KnownRows, Opening
 from mojomesh_features.segments import duckdb_config
 from mojomesh_store import erasure
 from mojomesh_store.errors import UnusableDefinition
@@ -98,7 +98,7 @@ class Snapshots:
     @asynccontextmanager
     async def _reading(
         self, needed: Mapping[str, Mapping[str, str]], snapshot_time: datetime
-    ) -> AsyncIterator[tuple[duckdb.DuckDBPyConnection, dict[str, KnownRows], Path]]:
+    ) -> AsyncIterator[tuple[duckdb.DuckDBPyConnection, Mapping[str, KnownRows], Path]]:
         """What was known of these features, by feature set, in a database of its own, and a folder that lives as long."""
         await self._feature_store.pass_snapshot(snapshot_time)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,22 +107,36 @@ class Snapshots:
                 folder = Path(name)
                 db = await asyncio.to_thread(duckdb.connect, config=duckdb_config(self._memory_limit, folder))
                 try:
-                    known = {name: self.rows(name, features, snapshot_time) for name, features in needed.items()}
-                    await self._read(known.values(), db)
-                    for rows in known.values():
-                        files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
-                        await asyncio.to_thread(rows.create_view, db, files)
-                    yield db, known, folder
+                    rows = [self.rows(name, features, snapshot_time) for name, features in needed.items()]
+                    async with self._opening(rows, db, folder) as known:
+                        yield db, known, folder
+                except (dbapi.Error, duckdb.Error):
+                    # A connection that breaks has many names in the two libraries; to ask the shards tells whether one of them did it.
+                    await self._feature_store.each(Shard.answer)
+                    raise
                 finally:
                     await asyncio.to_thread(db.close)  # to give gigabytes back takes a while
 
-    async def _read(self, known: Collection[KnownRows], db: duckdb.DuckDBPyConnection) -> None:
-        try:
-            await asyncio.to_thread(read_known, known, self._shard_urls, db)
-        except (dbapi.Error, duckdb.Error):
-            # A connection that breaks has many names in the two libraries; to ask the shards tells whether one of them did it.
-            await self._feature_store.each(Shard.answer)
-            raise
+    @asynccontextmanager
+    async def _opening(self, known: Sequence[KnownRows], db: duckdb.DuckDBPyConnection, folder: Path) -> AsyncIterator[Opening]:
+        """Open the rows side by side: those of the spine are looked at while others are still on their way."""
+        loop = asyncio.get_running_loop()
+        with ExitStack() as open_until_end:
+            # Learns PostgreSQL's types, which takes longer than all else; its clones know them.
+            shards = [open_until_end.enter_context(await asyncio.to_thread(dbapi.connect, url)) for url in self._shard_urls]
+            threads = open_until_end.enter_context(ThreadPoolExecutor(len(known)))
+
+            async def open_rows(rows: KnownRows, own: duckdb.DuckDBPyConnection) -> KnownRows:
+                await loop.run_in_executor(threads, rows.read_tails, shards, own)
+                files = {segment.path: await self._objects.fetch(segment.path, folder) for segment in rows.segments}
+                await loop.run_in_executor(threads, rows.create_view, own, files)
+                return rows
+
+            opening = {rows.feature_set: asyncio.run_coroutine_threadsafe(open_rows(rows, db.cursor()), loop) for rows in known}
+            try:
+                yield Opening(opening)
+            finally:
+                await asyncio.gather(*map(asyncio.wrap_future, opening.values()), return_exceptions=True)
 
 
 def _check_names(plan: Plan) -> None:

@@ -110,7 +110,7 @@ class World:
         objects = open_objects((folder / "objects").as_uri())
         self.objects = objects
         self.snapshots = Snapshots(store, urls, objects, folder / "work", "256MB")
-        self.snapshots.rows = reading
+        self.readings = [reading, type("EachAsItLies", (reading,), {"large": 0})]
         self.sealer = Sealer(store, urls, objects, folder / "work", "256MB")
         self.definitions = Definitions(*parse_definitions(DEFINITIONS))
         delay = self.definitions.model("delay")
@@ -170,8 +170,10 @@ class World:
                     n_retired += await retirement.retire(db, feature_set, timedelta(0))
         return n_retired
 
-    async def take(self, model: Model, at: datetime) -> tuple[SnapshotTaken, list[TrainingRow]]:
+    async def take(self, model: Model, at: datetime, each_as_it_lies: bool) -> tuple[SnapshotTaken, list[TrainingRow]]:
+        """A snapshot and its rows; segments are read as they lie, as large ones are, or sorted together."""
         self.taken += 1
+        self.snapshots.rows = self.readings[each_as_it_lies]
         taken = await self.snapshots.take(plan_of(model, self.definitions), label_of(model.label, self.definitions), at)
         self.filled += taken.n_rows > 0
         return taken, pq.read_table(self.objects.path_of(taken.path)).to_pylist()
@@ -274,7 +276,7 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
             super().__init__()
             self.rows: list[FeatureRow] = []
             self.writers: list[Writer] = []
-            self.kept: dict[int, tuple[datetime, str]] = {}  # the first snapshot of each model
+            self.kept: dict[int, tuple[datetime, str, bool]] = {}  # the first snapshot of each model
             self.happened: set[str] = set()
             world.run(world.begin_anew())
 
@@ -300,17 +302,25 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
         def end_writing(self, commits: bool) -> None:
             world.run(self._end(self.writers.pop(), commits))
 
-        @rule(model=st.sampled_from(world.models), commits=commits, writing=perhaps)
-        def snapshot(self, model: Model, commits: list[bool], writing: list[EventReceived] | None) -> None:
+        @rule(model=st.sampled_from(world.models), commits=commits, writing=perhaps, each_as_it_lies=st.booleans())
+        def snapshot(self, model: Model, commits: list[bool], writing: list[EventReceived] | None, each_as_it_lies: bool) -> None:
             at = world.run(self._past_writers("a snapshot", world.store.pass_snapshot(), commits, writing))
-            self._compare(model, at)
+            self._compare(model, at, each_as_it_lies)
 
         @precondition(lambda self: self.rows)
-        @rule(model=st.sampled_from(world.models), which=st.integers(0, 10**6), commits=commits, writing=perhaps)
-        def snapshot_of_the_past(self, model: Model, which: int, commits: list[bool], writing: list[EventReceived] | None) -> None:
+        @rule(
+            model=st.sampled_from(world.models),
+            which=st.integers(0, 10**6),
+            commits=commits,
+            writing=perhaps,
+            each_as_it_lies=st.booleans(),
+        )
+        def snapshot_of_the_past(
+            self, model: Model, which: int, commits: list[bool], writing: list[EventReceived] | None, each_as_it_lies: bool
+        ) -> None:
             at = self.rows[which % len(self.rows)].created_at
             world.run(self._past_writers("a snapshot", world.store.pass_snapshot(at), commits, writing))
-            self._compare(model, at)
+            self._compare(model, at, each_as_it_lies)
             self._note("a snapshot of the past")
 
         @rule(
@@ -335,13 +345,13 @@ def machine_of(world: World) -> type[RuleBasedStateMachine]:
             for writer in self.writers:
                 world.run(self._end(writer, False))
             world.happened.update(self.happened)
-            for model, (at, digest) in self.kept.items():
-                assert world.run(world.take(world.models[model], at))[0].digest == digest
+            for model, (at, digest, each_as_it_lay) in self.kept.items():
+                assert world.run(world.take(world.models[model], at, not each_as_it_lay))[0].digest == digest
 
-        def _compare(self, model: Model, at: datetime) -> None:
-            taken, rows = world.run(world.take(model, at))
+        def _compare(self, model: Model, at: datetime, each_as_it_lies: bool) -> None:
+            taken, rows = world.run(world.take(model, at, each_as_it_lies))
             assert rows == expected_rows(model, self.rows, at, world.flights.aggregates if model.name == "derived" else None)
-            self.kept.setdefault(world.models.index(model), (at, taken.digest))
+            self.kept.setdefault(world.models.index(model), (at, taken.digest, each_as_it_lies))
 
         async def _written(self, batch: list[EventReceived]) -> list[FeatureRow]:
             writer = await world.begin_writing(batch)

@@ -52,6 +52,12 @@ class _Alike(NamedTuple):
     columns: tuple[str, ...]
     tied: bool
     partly_known: bool
+    large: bool
+
+
+class _Part(NamedTuple):
+    query: str
+    in_order: bool
 
 
 class KnownRows:
@@ -61,6 +67,9 @@ class KnownRows:
     that share the first, second and fourth, which only one transaction can have stored, the view has the one with the greatest seq; so
     event_us and created_us order the rows of an entity as the three keys do.
     """
+
+    large = 100_000
+    """Rows of a segment that is read as it lies. Smaller ones are sorted together first: each would be looked through for all who ask."""
 
     def __init__(self, feature_set: str, features: Mapping[str, str], snapshot_time: datetime) -> None:
         self.feature_set = feature_set
@@ -76,11 +85,15 @@ class KnownRows:
     def read(
         self, columns: str, extent: tuple[str, str], newest_first: bool, db: duckdb.DuckDBPyConnection
     ) -> Iterator[pa.RecordBatchReader]:
-        """Columns of the view, in SQL, of the entities in `extent`, first and last included. A segment's come in its order."""
+        """Columns of the view, in SQL, with its keys, of the entities in `extent`, first and last included.
+
+        Large segments come one after the other, all else together, each in the order of the keys.
+        """
         db.execute("SET streaming_buffer_size = '16MB'")  # with less DuckDB waits for us before it reads on
         first, last = (f"""'{text.replace("'", "''")}'""" for text in extent)
         for part in self._parts(newest_first):
-            rows = db.sql(f"SELECT {columns} FROM ({part}) WHERE entity_id BETWEEN {first} AND {last}")
+            order = "" if part.in_order else f"ORDER BY {', '.join(_ORDER)}"
+            rows = db.sql(f"SELECT {columns} FROM ({part.query}) WHERE entity_id BETWEEN {first} AND {last} {order}")
             yield rows.to_arrow_reader(_BATCH)
 
     def read_tails(self, shards: Sequence[dbapi.Connection], db: duckdb.DuckDBPyConnection) -> None:
@@ -104,7 +117,8 @@ class KnownRows:
         alike = defaultdict(list)
         for segment in self.segments:
             partly_known = segment.created_until > self._snapshot_time
-            alike[_Alike(tuple(segment.columns), segment.n_tied > 0, partly_known)].append(files[segment.path])
+            large = segment.n_rows >= self.large
+            alike[_Alike(tuple(segment.columns), segment.n_tied > 0, partly_known, large)].append(files[segment.path])
         self._files = dict(alike)
         grouped = f"SELECT 1 FROM {self._tail} GROUP BY {', '.join(_ORDER)} HAVING count(*) > 1 LIMIT 1"
         self._tied = db.execute(grouped).fetchone() is not None
@@ -119,14 +133,13 @@ class KnownRows:
         return then
 
     def _create_view(self, db: duckdb.DuckDBPyConnection) -> None:
-        db.execute(f"CREATE OR REPLACE VIEW {self.view} AS {' UNION ALL '.join(self._parts())}")
+        db.execute(f"CREATE OR REPLACE VIEW {self.view} AS {' UNION ALL '.join(part.query for part in self._parts())}")
 
-    def _parts(self, newest_first: bool = False) -> list[str]:
-        """Queries, which read one after the other what is alike and lies in order."""
+    def _parts(self, newest_first: bool = False) -> list[_Part]:
         step = -1 if newest_first else 1
-        parts = [self._part(files[::step], alike) for alike, files in self._files.items()]
-        parts.append(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if self._tied else ''}")
-        return [f"FROM ({part}) {self._until}" for part in parts[::step]]
+        parts = [_Part(self._of_segments(files[::step], alike), alike.large and not alike.tied) for alike, files in self._files.items()]
+        parts.append(_Part(f"SELECT * EXCLUDE (seq) FROM {self._tail} {self._last_of_tied() if self._tied else ''}", False))
+        return [_Part(f"FROM ({part.query}) {self._until}", part.in_order) for part in parts[::step]]
 
     def _sealed(self, cursor: dbapi.Cursor) -> list[Segment]:
         cursor.execute(f"""
@@ -149,8 +162,7 @@ class KnownRows:
         """)
         db.unregister("arriving")
 
-    def _part(self, files: Sequence[Path], alike: "_Alike") -> str:
-        """The rows of segments that are alike."""
+    def _of_segments(self, files: Sequence[Path], alike: _Alike) -> str:
         features = "".join(f", {self._value(name, alike.columns)} AS {feature_column(name)}" for name in self._features)
         listed = ", ".join(f"'{file}'" for file in files)
         return f"""

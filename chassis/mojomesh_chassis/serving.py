@@ -13,6 +13,8 @@ from mojomesh_chassis.faults import arm_faults
 from mojomesh_chassis.settings import AnySettings, read_settings
 from mojomesh_chassis.telemetry import start_telemetry
 
+KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
+
 
 def serve(
     service: str,
@@ -36,6 +38,7 @@ def serve(
         http=protocol,
         access_log=False,
         log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=30,
     )
 

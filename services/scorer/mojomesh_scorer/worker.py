@@ -25,6 +25,7 @@ from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.publishing import Publisher, open_publisher
 from mojomesh_chassis.redis import open_redis
+from mojomesh_chassis.serving import KEEP_ALIVE_S
 from mojomesh_chassis.settings import read_settings
 from mojomesh_chassis.telemetry import asking, log, start_telemetry
 from mojomesh_scorer import rest, routes, worker_handlers
@@ -61,7 +62,6 @@ from mojomesh_store.online import OnlineStore
 LOOKUP_S = 5.0
 GRACE_S = 10
 SWITCH_S = 0.001  # how long a thread with a large block may keep the event loop waiting for Python's lock; by default 5 ms
-KEEP_ALIVE_S = 75  # longer than clients keep a connection idle: closing one just as a request comes on it fails that request
 MOST_CONNECTIONS = 512
 
 

@@ -50,6 +50,7 @@ from mojomesh_store.vectors import plan_of
 MEMORY = "4GiB"
 FEAST = "feast==0.67.0"
 PATIENCE_S = 240.0  # with Feast, at each size
+SETTLE_S = 4.0  # before each turn: a virtual machine has given back by then what the one before it freed, so that all find memory alike
 ASKED = 50_000
 GOALS = {"sealing": "300,000", "bare": "0.85", "row_number": "2", "by row": "at most 2", "feast": "50", "ten times": "at most 11"}
 INDEXES = ("feature_rows_as_of", "feature_rows_values")
@@ -350,6 +351,7 @@ def join(url: str, folder: Path, n: int, rounds: int, told: list[str]) -> float:
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, arguments in ways.items():
+            time.sleep(SETTLE_S)
             results[way].append(child(folder, *arguments))
     rates = {way: show(way, n, found) for way, found in results.items()}
     assert len({found[0]["rows"] for found in results.values()}) == 1, "they do not answer the same"

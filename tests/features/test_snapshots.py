@@ -5,7 +5,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import httpx
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -92,6 +95,28 @@ async def test_many_slices_make_one_snapshot(
         with monkeypatch.context() as patch:
             patch.setattr(joining, "_VALUES", 3 * (3 + len(in_one.columns)))  # three rows
             assert await take(snapshots, asked, definitions, snapshot_time) == in_one
+
+
+def in_order(n: int) -> pa.Table:
+    """Rows in batches as they come from several readers."""
+    numbers = pa.array(np.arange(n, n + 400_000))
+    return pa.Table.from_batches([pa.record_batch({"n": numbers.slice(begin, 70_000)}) for begin in range(0, len(numbers), 70_000)])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_many_rows_are_written_in_the_order_in_which_they_were_asked_for(tmp_path: Path, kept: bool) -> None:
+    """A snapshot is sorted once, when its rows are asked for: slices, filters and writers leave them so. Control: DuckDB may not."""
+    with duckdb.connect(config={"threads": 4, "preserve_insertion_order": kept}) as db:
+        db.register("first", in_order(0))
+        db.execute("CREATE TEMP TABLE others AS FROM first LIMIT 0")
+        for n in (400_000, 800_000):
+            db.register("slice", in_order(n))
+            db.execute("INSERT INTO others FROM slice")
+        db.execute(f"COPY (SELECT n FROM {joining._FOUND} WHERE n % 7 > 0) TO '{tmp_path / 'rows.parquet'}' (FORMAT parquet)")
+
+    written = np.asarray(pq.read_table(tmp_path / "rows.parquet")["n"])
+    asked = np.arange(1_200_000)
+    assert np.array_equal(written, asked[asked % 7 > 0]) is kept
 
 
 async def _append(store: FeatureStore, facts: Sequence[EventReceived]) -> None:

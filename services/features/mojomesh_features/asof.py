@@ -81,10 +81,10 @@ class AsOf:
         ascending = np.asarray(pc.array_sort_indices(encoded.dictionary))
         self._entity_ids = encoded.dictionary.take(ascending)
         numbers = np.empty(len(ascending) + 1, dtype=np.int64)
-        numbers[ascending], numbers[-1] = np.arange(len(ascending)), -1
+        numbers[ascending], numbers[-1] = np.arange(len(ascending)), len(ascending)  # none comes last
         entities = numbers[np.asarray(pc.fill_null(encoded.indices, -1))]
-        order = np.argsort(entities)
-        self._order = order[np.searchsorted(entities, 0, sorter=order) :]
+        order = np.lexsort((entities.astype(np.uint16), (entities >> 16).astype(np.uint16)))  # numpy sorts 16 bits by radix
+        self._order = order[: np.searchsorted(entities, len(ascending), sorter=order)]
         self._entities = entities[self._order]
         self._at_us = at_us[self._order]
         self._n = len(at_us)

@@ -1,7 +1,7 @@
 """The rows of a model: what `asof` finds for pairs of entity and time, side by side in one table of DuckDB's, and queries of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import duckdb
@@ -17,7 +17,8 @@ from mojomesh_store.vectors import Plan, Source
 ASKED_US = '"asked us"'
 """The time as of which features are derived, in microseconds since 1970."""
 
-_FOUND = "(FROM first UNION ALL FROM others)"  # a table apart, since most often the first are all, and are not copied
+# Apart, since the first slice, most often all there is, is not copied. DuckDB keeps the order of rows that it neither joins nor groups.
+_FOUND = "(FROM first UNION ALL FROM others)"
 _VALUES = 40_000_000  # that are looked up at a time: some 1 GB beside DuckDB's
 _KEPT = ("n", "entity_id", "event_us")
 _AT_ONCE = 4  # feature sets
@@ -38,8 +39,8 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
     if plan.model.known_at == "row":
         versions = "reported_us <= event_us DESC, CASE WHEN reported_us <= event_us THEN -created_us ELSE created_us END"
     asked = db.cursor().sql(f"""
-        SELECT row_number() OVER () AS n, entity_id, event_us, event_us AS spine_us{_listed(_spine_features(plan))}
-        FROM (FROM {spine} ORDER BY entity_id, event_us, {versions})
+        SELECT entity_id, event_us, event_us AS spine_us{_listed(_spine_features(plan))}
+        FROM (FROM {spine} ORDER BY {_milliseconds("event_us")}, entity_id, event_us, {versions})
         QUALIFY (event_us = lag(event_us) OVER () AND entity_id = lag(entity_id) OVER ()) IS NOT TRUE
     """)
     _look_up(db, plan, known, asked.to_arrow_reader(_at_once(plan)), labelled=True)
@@ -48,7 +49,7 @@ def training_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str,
     return f"""
         SELECT entity_id, {_milliseconds("event_us")} AS event_time, {_milliseconds("label_us")} AS label_time,
             {"CAST(label AS DOUBLE) AS label" if label.type == "binary" else "label"}{_columns(plan)}
-        FROM {_FOUND} WHERE label IS NOT NULL {within} ORDER BY event_time, n
+        FROM {_FOUND} WHERE label IS NOT NULL {within}
     """
 
 
@@ -64,7 +65,7 @@ def asked_rows(db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, Kn
     columns |= {name: found[name] for name in found.column_names[1:]}
     asked = pa.table(columns).filter(pc.field("spine_us").is_valid())
     _look_up(db, plan, known, asked.to_reader(_at_once(plan)), labelled=False)
-    return f"SELECT n{_columns(plan)} FROM {_FOUND} ORDER BY n"
+    return f"SELECT n{_columns(plan)} FROM {_FOUND}"
 
 
 def _spine_features(plan: Plan) -> list[str]:
@@ -94,8 +95,8 @@ def _at_once(plan: Plan) -> int:
 def _look_up(
     db: duckdb.DuckDBPyConnection, plan: Plan, known: Mapping[str, KnownRows], asked: pa.RecordBatchReader, labelled: bool
 ) -> None:
-    """Put side by side, in `_FOUND`, the rows that are asked for (n, entity_id, event_us, the spine row's), what the sources have for them,
-    and the label if wanted; batches have at most `_at_once` rows.
+    """Put side by side, in `_FOUND`, the rows that are asked for (`_KEPT` and the spine row's) in their order, what the sources have for
+    them, and the label if wanted; batches have at most `_at_once` rows.
     """
     slices = _slices(asked, _at_once(plan))
     db.register("first", _Slice(db, plan, known, next(slices)).found(labelled))
@@ -125,35 +126,38 @@ class _Slice:
         self._known = known
         self._asked = asked
         self._at_us: Integers = np.asarray(asked["event_us"])
-        self._own = AsOf(asked["entity_id"].combine_chunks(), self._at_us)
 
     def found(self, labelled: bool) -> pa.Table:
-        columns: Columns = {name: self._asked[name] for name in _KEPT}
+        columns: Columns = {name: self._asked[name] for name in self._asked.column_names if name in _KEPT}
         with ThreadPoolExecutor(_AT_ONCE) as threads:
-            parts = [threads.submit(self._source, n, source) for n, source in enumerate(self._plan.sources)]
+            own = threads.submit(self._as_of, "entity_id")
+            parts = [threads.submit(self._source, n, source, own) for n, source in enumerate(self._plan.sources)]
             if labelled:
-                parts.append(threads.submit(self._label))
+                parts.append(threads.submit(self._label, own))
             for part in parts:
                 columns |= part.result()
         return pa.table(columns)
 
-    def _label(self) -> Columns:
+    def _as_of(self, column: str) -> AsOf:
+        return AsOf(self._asked[column].combine_chunks(), self._at_us)
+
+    def _label(self, own: "Future[AsOf]") -> Columns:
         label = self._plan.model.label
-        found = _find(self._db, self._known[label.feature_set], [label.column], self._own, NEXT)
+        found = _find(self._db, self._known[label.feature_set], [label.column], own.result(), NEXT)
         return {"label_us": found["event_us"], "label": found[f"feature {label.column}"]}
 
-    def _source(self, n: int, source: Source) -> Columns:
-        entity_ids = self._asked[f"feature {source.join}" if source.join else "entity_id"]
+    def _source(self, n: int, source: Source, own: "Future[AsOf]") -> Columns:
+        key = f"feature {source.join}" if source.join else "entity_id"
         if source.feature_set == self._plan.model.spine:
-            found, entity_ids, event_us = self._asked, self._asked["entity_id"], self._asked["spine_us"]
+            found, event_us = self._asked, self._asked["spine_us"]
         else:
-            asof = AsOf(entity_ids.combine_chunks(), self._at_us) if source.join else self._own
+            asof = self._as_of(key) if source.join else own.result()
             by_row = self._plan.model.known_at == "row"
             found = _find(self._db, self._known[source.feature_set], _features(source), asof, LAST_REPORTED if by_row else LAST)
             event_us = found["event_us"]
         columns = {_found_column(n, name): found[f"feature {name}"] for name in _features(source)}
         if source.is_derived:
-            columns[_found_column(n, None)] = pc.if_else(pc.is_valid(event_us), entity_ids, None)
+            columns[_found_column(n, None)] = pc.if_else(pc.is_valid(event_us), self._asked[key], None)
         if source.max_age_us is not None:
             columns[f"source {n} us"] = event_us
         return columns

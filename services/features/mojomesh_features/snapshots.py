@@ -40,6 +40,9 @@ _LABELS = {"binary": ("boolean", "number"), "number": ("number",), "multiclass":
 _KEYS = ("entity_id", "event_time", "label_time", "label")
 _BATCH = 65_536
 
+# Arrow's own pool asks for huge pages. A virtual machine that gives free memory back to its host waits milliseconds for each (decision 23).
+pa.set_memory_pool(pa.system_memory_pool())
+
 
 class Snapshots:
     """Takes snapshots, one at a time: each may use all the memory it is allowed, and spills what does not fit."""

@@ -262,16 +262,20 @@ class Load:
     dice: random.Random = field(default_factory=lambda: random.Random(3))
     n: int = 0
     wrong: list[tuple[Question, object]] = field(default_factory=list)
+    over: bool = False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Load"]:
-        tasks = [asyncio.create_task(self._read()) for _ in range(CLIENTS)] + [asyncio.create_task(self._write())]
+        readers = [asyncio.create_task(self._read()) for _ in range(CLIENTS)]
+        writer = asyncio.create_task(self._write())
         try:
             yield self
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self.over = True
+            for reader in readers:
+                reader.cancel()
+            # Not cancelled, which could leave rows stored that nobody announces, as ingest never does.
+            await asyncio.gather(*readers, writer, return_exceptions=True)
 
     async def answers(self, n: int) -> None:
         """Wait for so many more, or for a wrong one."""
@@ -293,7 +297,7 @@ class Load:
 
     async def _write(self) -> None:
         """Of entities that are asked for, rows that come after; of others any, and ask for those too."""
-        while True:
+        while not self.over:
             later = [make_write(self.dice, entity, self.dice.randrange(20, 1000)) for entity in self.dice.sample(READ[:10], 2)]
             anywhere = [make_write(self.dice, entity, self.dice.randrange(12)) for entity in self.dice.sample(WRITTEN, 3)]
             await self.mesh.append(*later, *anywhere)

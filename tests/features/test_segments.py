@@ -159,10 +159,13 @@ async def test_whatever_a_vector_looks_like_nothing_of_it_is_lost(
 
 
 @pytest.mark.parametrize("longest", [{}, {"a": '":' * 255}, {f"{n}": n for n in range(256)}], ids=["short", "one text", "many keys"])
-def test_keys_are_never_counted_too_few(longest: dict[str, object]) -> None:
+def test_keys_are_never_counted_too_few(longest: dict[str, Any]) -> None:
     rng = random.Random(0)
     some = ["".join(rng.choices('a":\\ é', k=rng.randrange(8))) for _ in range(500)]
-    vectors = [longest, *(dict(zip(rng.sample(some, n := rng.randrange(4)), rng.sample(some, n), strict=True)) for _ in range(2000))]
+    vectors: list[dict[str, Any]] = [
+        longest,
+        *(dict(zip(rng.sample(some, n := rng.randrange(4)), rng.sample(some, n), strict=True)) for _ in range(2000)),
+    ]
     rng.shuffle(vectors)
     texts = pyarrow.array([json.dumps(vector, ensure_ascii=False) for vector in vectors], pyarrow.string())
 

@@ -31,7 +31,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.scorer.load import Measured, closed_loop, open_loop, require_tools
+from bench.scorer.load import Measured, closed_loop, open_loop
 from bench.scorer.servers import CACHE, Serving, install
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_chassis.topics import ensure_topics
@@ -265,7 +265,6 @@ def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
 def main(quick: bool) -> None:
     """Measure, with `quick` one short round."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    require_tools("wrk", "oha")
     install("feast", PINS)
     extent = Extent(1_000, 1, 3) if quick else Extent(4_000, 3, 8)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, ExitStack() as stack:

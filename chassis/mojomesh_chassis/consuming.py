@@ -64,6 +64,7 @@ class Subscription:
     read: Read
     members: int = 1
     apart: bool = False
+    pace_s: float = 0.0
 
     @property
     def group(self) -> str | None:
@@ -79,7 +80,14 @@ class MeshRouter:
         self.subscriptions: list[Subscription] = []
 
     def work(
-        self, event: type[AnyEvent], *, batch: int = 1, read: Read | None = None, members: int = 1, apart: bool = False
+        self,
+        event: type[AnyEvent],
+        *,
+        batch: int = 1,
+        read: Read | None = None,
+        members: int = 1,
+        apart: bool = False,
+        pace_s: float = 0.0,
     ) -> Callable[[Handler], Handler]:
         """Subscribe as one of the service's replicas: each record is handled by one of them, at least once.
 
@@ -90,19 +98,18 @@ class MeshRouter:
             members: Of the group, in this process; each has partitions of its own, and one handles a batch while others wait for Kafka.
             apart: A list is of one partition, and partitions do not wait for each other: while one is handled, or has to wait, it is
                 paused and the others go on.
+            pace_s: From the beginning of a batch that is not full to that of the next, at least: a batch costs something, however small.
         """
-        return self._subscribe(event, batch, broadcast=False, read=read, members=members, apart=apart)
+        read_event = read or event.model_validate_json
+        return self._subscribe(lambda handler: Subscription(self.service, event, handler, batch, False, read_event, members, apart, pace_s))
 
     def broadcast(self, event: type[AnyEvent], *, batch: int = 100) -> Callable[[Handler], Handler]:
         """Subscribe as every replica: each reads the topic from its beginning, and work starts when it has caught up."""
-        return self._subscribe(event, batch, broadcast=True)
+        return self._subscribe(lambda handler: Subscription(self.service, event, handler, batch, True, event.model_validate_json))
 
-    def _subscribe(
-        self, event: type[Event], batch: int, broadcast: bool, read: Read | None = None, members: int = 1, apart: bool = False
-    ) -> Callable[[Handler], Handler]:
+    def _subscribe(self, subscription_of: Callable[[Handler], Subscription]) -> Callable[[Handler], Handler]:
         def subscribe(handler: Handler) -> Handler:
-            read_event = read or event.model_validate_json
-            self.subscriptions.append(Subscription(self.service, event, handler, batch, broadcast, read_event, members, apart))
+            self.subscriptions.append(subscription_of(handler))
             return handler
 
         return subscribe
@@ -127,6 +134,7 @@ class Consumer:
 
     async def consume(self, records: Sequence[ConsumerRecord]) -> None:
         """Handle records, publish what follows, commit; or leave the offsets where they are and read again later."""
+        began = time.monotonic()
         name = self.subscription.event.topic.name
         contexts = _causes(records)
         within = trace.set_span_in_context(trace.NonRecordingSpan(contexts[0])) if len(contexts) == 1 else None
@@ -150,6 +158,8 @@ class Consumer:
                 self._outages = self._bugs = 0
                 self._fault("after_publish")
                 await self._commit(records)
+        if len(records) < self.subscription.batch:
+            await asyncio.sleep(max(0.0, began + self.subscription.pace_s - time.monotonic()))
         self._ended = time.monotonic()
 
     async def with_newer(self, records: Sequence[ConsumerRecord]) -> Sequence[ConsumerRecord]:

@@ -4,13 +4,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import orjson
 from alembic import command, context
 from alembic.config import Config
 from asyncpg import InterfaceError, PostgresError
-from sqlalchemy import Connection, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -72,15 +73,21 @@ async def open_database(url: str, pool_size: int = APPLICATION_POOL) -> AsyncIte
     """Open the database at `postgresql://…`; its connections are checked before use and closed at the end."""
     engine = create_async_engine(
         _async_url(url),
-        pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=0,
         json_deserializer=orjson.loads,  # the standard one makes integers of large floats, which nobody can write as JSON again
     )
+    event.listen(engine.sync_engine, "checkout", _require_open)
     try:
         yield Database(engine)
     finally:
         await engine.dispose()
+
+
+def _require_open(connection: Any, *_: object) -> None:
+    """Let the pool replace a connection that the server has closed. asyncpg knows; `pool_pre_ping` would ask, in three round trips."""
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError
 
 
 async def migrate(package: str, owner_url: str) -> None:

@@ -28,15 +28,19 @@ def _reading_rows(sql: str) -> TextClause:
     return text(sql.replace("ROW_COLUMNS", ", ".join(f'row."{column.name}"' for column in feature_rows.c)))
 
 
-# Two writers that insert the same keys in opposite orders deadlock: hence ORDER BY. Mostly all rows are new, and then no list comes back.
+# Rows are numbered in the order of their arrival, so that of two corrections in one batch the later wins. They are inserted in another,
+# since two writers that insert the same keys in opposite orders deadlock. Mostly all of them are new, and then no second list comes back.
 _INSERT = text("""
-    WITH new AS (
-        INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
-        SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
+    WITH arrived AS MATERIALIZED (
+        SELECT nextval('store.feature_row_seq') AS seq, row.*
         FROM unnest(
             CAST(:feature_sets AS text[]), CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]),
-            CAST(:reported_ats AS timestamptz[]), CAST(:seqs AS bigint[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
-        ) AS arrived (feature_set, entity_id, event_time, reported_at, seq, event_id, vector)
+            CAST(:reported_ats AS timestamptz[]), CAST(:event_ids AS uuid[]), CAST(:vectors AS text[])
+        ) WITH ORDINALITY AS row (feature_set, entity_id, event_time, reported_at, event_id, vector, n)
+    ), new AS (
+        INSERT INTO store.feature_rows (feature_set, entity_id, event_time, reported_at, created_at, seq, event_id, "values")
+        SELECT feature_set, entity_id, event_time, coalesce(reported_at, :created_at), :created_at, seq, event_id, vector::jsonb
+        FROM arrived
         WHERE NOT EXISTS (
             SELECT FROM store.retired_events AS gone
             WHERE (gone.feature_set, gone.event_time, gone.event_id) = (arrived.feature_set, arrived.event_time, arrived.event_id)
@@ -45,7 +49,7 @@ _INSERT = text("""
         ON CONFLICT DO NOTHING
         RETURNING seq
     )
-    SELECT CASE WHEN count(*) < :n THEN coalesce(array_agg(seq), '{}') END FROM new
+    SELECT (SELECT array_agg(seq ORDER BY n) FROM arrived), CASE WHEN count(*) < :n THEN coalesce(array_agg(seq), '{}') END FROM new
 """)
 
 _STORED = _reading_rows("""
@@ -67,6 +71,13 @@ _SETTLED = text("""
         WHERE (gone.feature_set, gone.event_time, gone.event_id) = (asked.feature_set, asked.event_time, asked.event_id)
     )
 """)
+
+CLOCK = "greatest(clock_timestamp(), floor + interval '1 microsecond')"
+"""In SQL, of `store.snapshot_floor`: the latest time a snapshot may have now."""
+
+_CLOCK = text(f"SELECT {CLOCK} FROM store.snapshot_floor")
+
+_LOCK = text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot')), set_config('gin_pending_list_limit', :limit, true)")
 
 _LATEST = _reading_rows("""
     SELECT ROW_COLUMNS, asked.n
@@ -94,11 +105,16 @@ _NEWEST = _reading_rows("""
 
 async def write_time(db: AsyncSession) -> datetime:
     """created_at for rows of this transaction, from now on protected from snapshots passing by until it ends."""
-    await db.execute(
-        text("SELECT pg_advisory_xact_lock_shared(hashtext('mojomesh.snapshot')), set_config('gin_pending_list_limit', :limit, true)"),
-        {"limit": str(PENDING_LIMIT_KB)},
-    )
-    return await snapshot_clock(db)  # a statement of its own: it must see the floor as it was left before the lock was given
+    await keep_snapshots_out(db)
+    return await snapshot_clock(db)
+
+
+async def keep_snapshots_out(db: AsyncSession) -> None:
+    """Let no snapshot pass until this transaction of a writer ends.
+
+    The clock is asked in a statement after this one: it must see the floor as it was left before the lock was given.
+    """
+    await db.execute(_LOCK, {"limit": str(PENDING_LIMIT_KB)})
 
 
 async def append(db: AsyncSession, events: Sequence[Arrival]) -> list[FeatureRow]:
@@ -184,16 +200,13 @@ async def empty_pending_lists(db: AsyncSession) -> int:
 
 async def snapshot_clock(db: AsyncSession) -> datetime:
     """The latest time a snapshot may have now: the database's clock, or the floor's next tick where the clock was stepped back."""
-    time: datetime = (
-        await db.execute(text("SELECT greatest(clock_timestamp(), floor + interval '1 microsecond') FROM store.snapshot_floor"))
-    ).scalar_one()
+    time: datetime = (await db.execute(_CLOCK)).scalar_one()
     return time
 
 
 async def _insert(db: AsyncSession, events: dict[RowId, Arrival], created_at: datetime) -> dict[RowId, FeatureRow]:
     """Insert what is new; the new rows."""
     arrived = list(events.values())
-    seqs = await _draw_seqs(db, len(arrived))
     inserted = await db.execute(
         _INSERT,
         {
@@ -203,12 +216,12 @@ async def _insert(db: AsyncSession, events: dict[RowId, Arrival], created_at: da
             "entity_ids": [event.entity_id for event in arrived],
             "event_times": [event.event_time for event in arrived],
             "reported_ats": [event.reported_at for event in arrived],
-            "seqs": seqs,
             "event_ids": [event.event_id for event in arrived],
             "vectors": [_as_json(event.values) for event in arrived],
         },
     )
-    new = seqs if (some := inserted.scalar_one()) is None else set(some)
+    seqs, some = inserted.one()
+    new = seqs if some is None else set(some)
     return {
         key: FeatureRow(
             event.feature_set,
@@ -230,14 +243,6 @@ def _as_json(values: dict[str, FeatureValue]) -> str:
         return orjson.dumps(values).decode()
     except TypeError:  # an integer of more than 64 bits
         return json.dumps(values)
-
-
-async def _draw_seqs(db: AsyncSession, n: int) -> list[int]:
-    """Numbers for `n` rows in the order of their arrival: of two corrections in one batch the later wins."""
-    drawn: list[int] = (
-        await db.execute(text("SELECT coalesce(array_agg(nextval('store.feature_row_seq')), '{}') FROM generate_series(1, :n)"), {"n": n})
-    ).scalar_one()
-    return drawn
 
 
 async def _rows_of(db: AsyncSession, row_ids: Sequence[RowId]) -> dict[RowId, FeatureRow]:

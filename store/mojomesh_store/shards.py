@@ -19,6 +19,9 @@ from mojomesh_store.errors import Moved, ShardAway, TooFewShards
 _UP = Gauge("mojomesh_shard_up", "1 if the shard answered the last look at the service's readiness, else 0", ["shard"])
 
 PING_S = 1.0  # less than what a look at the readiness takes at most
+_WRITING = text(
+    f"SELECT {rows.CLOCK}, coalesce(next_n_shards, n_shards), counts_after = 'infinity' FROM store.snapshot_floor CROSS JOIN store.shard"
+)
 
 
 class OfEntity(Protocol):
@@ -115,8 +118,8 @@ class FeatureStore:
         n_shards = (await db.execute(text("SELECT n_shards FROM store.shard"))).scalar_one()
         self._check(shard, n_shards, n_placed)
 
-    async def check_writing(self, db: AsyncSession, shard: Shard, n_placed: int) -> None:
-        """Called after `rows.write_time`, which keeps the answer true until the transaction ends.
+    async def begin_writing(self, db: AsyncSession, shard: Shard, n_placed: int) -> datetime:
+        """The `rows.write_time` of a transaction in a shard which takes rows, and keeps taking them until the transaction ends.
 
         Args:
             n_placed: `self.n_placed` when the shard was chosen.
@@ -126,11 +129,13 @@ class FeatureStore:
             TooFewShards: So that this process cannot reach some.
             ShardAway: The shard is being filled; its entities wait.
         """
-        asked = text("SELECT coalesce(next_n_shards, n_shards), counts_after = 'infinity' FROM store.shard")
-        n_shards, is_closed = (await db.execute(asked)).one()
+        await rows.keep_snapshots_out(db)
+        created_at: datetime
+        created_at, n_shards, is_closed = (await db.execute(_WRITING)).one()
         self._check(shard, n_shards, n_placed)
         if is_closed:
             raise ShardAway(f"shard {shard.number} is being filled, and with it the entities that it will hold have to wait")
+        return created_at
 
     def _check(self, shard: Shard, n_shards: int | None, n_placed: int) -> None:
         # A shard that knows of fewer than we did, but of itself, has not heard yet; the entities that we placed there were always there.

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
@@ -422,6 +424,42 @@ async def test_two_slots_share_the_partitions_and_a_stopped_one_leaves_its_share
         await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
 
     assert {*handled["0"].ids, *handled["1"].ids} == {event.event_id for event in events}
+
+
+@pytest.mark.parametrize("pace_s", [0.5, 0.0], ids=["", "control"])
+async def test_batches_that_are_not_full_begin_so_far_apart_as_was_asked_for(pace_s: float, settings: MeshSettings, records: Any) -> None:
+    began: list[float] = []
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        began.append(time.monotonic())
+        return []
+
+    router = MeshRouter("tester")
+    router.work(EventReceived, batch=100, pace_s=pace_s)(on_events)
+    async with running(settings, router) as publisher:
+        for n in range(1, 5):
+            await publisher.publish(make_events(1))
+            while len(began) < n:
+                await asyncio.sleep(0.005)
+
+    least = min(after - before for before, after in pairwise(began))
+    assert (least >= 0.5) == (pace_s == 0.5)
+
+
+async def test_full_batches_follow_at_once(settings: MeshSettings, records: Any) -> None:
+    handled = Handled()
+    await records.publish(*make_events(30))
+
+    async def on_events(batch: list[EventReceived]) -> list[Event]:
+        handled.note(batch)
+        return []
+
+    router = MeshRouter("tester")
+    router.work(EventReceived, batch=10, pace_s=3600.0)(on_events)
+    async with running(settings, router):
+        await records.until_handled(f"tester.{RECEIVED}", RECEIVED)
+
+    assert [len(call) for call in handled.calls] == [10, 10, 10]
 
 
 @pytest.mark.parametrize("members", [1, 2])

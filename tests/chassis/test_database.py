@@ -1,13 +1,15 @@
 """Whose fault a database error is: an outage makes events wait, a wrong statement is a bug."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from mojomesh_chassis.database import Database, migrate, open_database
+from mojomesh_chassis.database import Database, _require_open, migrate, open_database
 from mojomesh_chassis.errors import TransientError
 
 
@@ -63,6 +65,21 @@ async def test_what_somebody_has_to_mend_is_an_outage(database: Database, statem
 
     async with database.begin() as db:
         assert (await db.execute(text("SELECT 1"))).scalar_one() == 1
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["", "control"])
+async def test_nobody_notices_that_the_server_closed_idle_connections(postgres: Any, database: Database, control: bool) -> None:
+    async with database.begin() as db:
+        pid = (await db.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+    if control:
+        event.remove(database.engine.sync_engine, "checkout", _require_open)
+    async with open_database(postgres.url) as other, other.begin() as db:
+        await db.execute(text(f"SELECT pg_terminate_backend({pid}, 10000)"))
+    await asyncio.sleep(0.1)  # the closing is heard of
+
+    with pytest.raises(TransientError) if control else nullcontext():
+        async with database.begin() as db:
+            assert (await db.execute(text("SELECT pg_backend_pid()"))).scalar_one() != pid
 
 
 @pytest.mark.parametrize("statement", ["SELECT 1/0", "SELEKT 1", "SELECT 'x'::int"])

@@ -150,9 +150,8 @@ class World:
                     n_placed = self.store.n_placed
                     for shard, part in self.store.split(batch):
                         db = await stack.enter_async_context(shard.begin())
-                        await store_rows.write_time(db)
-                        await self.store.check_writing(db, shard, n_placed)
-                        rows += await store_rows.append(db, part)
+                        created_at = await self.store.begin_writing(db, shard, n_placed)
+                        rows += (await store_rows.append_at(db, part, created_at))[0]
                     return Writer(stack.pop_all(), rows)
 
     async def add_a_shard(self) -> int:

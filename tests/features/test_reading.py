@@ -1,6 +1,7 @@
 """Reading as of an event time: the same answers with Redis, without it, and with one that lies."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -8,9 +9,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from mojomesh_chassis.definitions import Definitions
@@ -19,7 +22,7 @@ from mojomesh_chassis.redis import open_redis
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import FeaturesWritten
 from mojomesh_features.coalescing import Coalescer
-from mojomesh_features.handlers import on_features_written
+from mojomesh_features.handlers import on_features_written, read_written
 from mojomesh_features.reading import FeatureReader, Found
 from mojomesh_features.retiring import Retired
 from mojomesh_local import ports
@@ -36,8 +39,9 @@ HOUR = timedelta(hours=1)
 FLIGHT = ("flights", "UA1545")
 
 
-def written(row: FeatureRow) -> FeaturesWritten:
-    return FeaturesWritten(**row._asdict())
+def written(row: FeatureRow) -> tuple[Entity, OnlineRow]:
+    """As it is read from Kafka."""
+    return read_written(FeaturesWritten(**row._asdict()).model_dump_json().encode())
 
 
 async def the_row(reader: FeatureReader, at: datetime, entity: Entity = FLIGHT) -> OnlineRow | None:
@@ -105,6 +109,34 @@ async def test_a_row_that_was_announced_is_read(counting: Counting, online: Onli
     assert counting.loads == loads
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"seq": 2.0},
+        {"seq": "7"},
+        {"seq": None},
+        {"values": {"distance": {}}},
+        {"values": {"long": 10**30, "yes": True, "none": None, "text": "\ud83d\ude00"}},
+        {"created_at": "2013-05-01T12:00:00"},
+        {"created_at": "2013-05-01T12:00:00.123456+05:00"},
+        {"created_at": 1367409600},
+        {"event_time": "0001-01-01T00:00:00+05:00"},
+        {"later": [1]},
+    ],
+)
+def test_what_was_written_is_read_or_refused_as_pydantic_does(change: dict[str, object]) -> None:
+    row = FeatureRow("flights", "UA1545", NOON, NOON, NOON + HOUR, 1, uuid4(), {"distance": 1.5, "carrier": "UA"})
+    value = json.dumps(json.loads(FeaturesWritten(**row._asdict()).model_dump_json()) | change).encode()
+    try:
+        event = FeaturesWritten.model_validate_json(value)
+    except ValidationError:
+        with pytest.raises(ValidationError):
+            read_written(value)
+    else:
+        assert read_written(value) == ((event.feature_set, event.entity_id), OnlineRow.of(event))
+
+
 async def test_what_was_announced_is_read_byte_by_byte_as_what_is_stored(feature_store: FeatureStore, append: Append) -> None:
     """JSONB keeps neither the order of names nor the sign of zero nor exponents."""
     numbers = [
@@ -132,7 +164,7 @@ async def test_what_was_announced_is_read_byte_by_byte_as_what_is_stored(feature
     async with feature_store.shards[0].begin() as db:
         ((stored,),) = await rows.newest_of_many(db, "flights", ["UA1545"], 1)
 
-    assert OnlineRow.of(written(row)).vector == OnlineRow.of(stored).vector
+    assert written(row)[1].vector == OnlineRow.of(stored).vector
 
 
 async def history(append_all: AppendAll, seed: int) -> list[AsOf]:

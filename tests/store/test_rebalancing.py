@@ -55,9 +55,8 @@ async def write(store: FeatureStore, *events: EventReceived) -> list[FeatureRow]
             n_placed, shard = store.n_placed, store.shard_of(event.entity_id)
             try:
                 async with shard.begin() as db:
-                    await rows.write_time(db)
-                    await store.check_writing(db, shard, n_placed)
-                    stored += await rows.append(db, [event])
+                    created_at = await store.begin_writing(db, shard, n_placed)
+                    stored += (await rows.append_at(db, [event], created_at))[0]
                 break
             except (Moved, ShardAway):
                 await asyncio.sleep(0.01)
@@ -201,7 +200,7 @@ async def test_a_writer_that_places_as_before_is_refused_and_without_the_fence_i
     for _ in range(2):  # whoever else placed as before is refused too, though the store has been told by then
         with pytest.raises(Moved):
             async with before[moved].begin() as db:
-                await store.check_writing(db, before[moved], 2)
+                await store.begin_writing(db, before[moved], 2)
         with pytest.raises(Moved):
             async with before[moved].begin() as db:
                 await store.check_reading(db, before[moved], 2)

@@ -75,8 +75,7 @@ async def append(
 ) -> list[FeatureRow]:
     """Store events of one shard, and count what is new of the feature sets that something is expected of."""
     async with shard.begin() as db:
-        created_at = await rows.write_time(db)
-        await feature_store.check_writing(db, shard, n_placed)
+        created_at = await feature_store.begin_writing(db, shard, n_placed)
         stored, new = await rows.append_at(db, events, created_at)
         await embeddings.save(db, events, new, feature_sets)
         counts: dict[str, Tally] = {}

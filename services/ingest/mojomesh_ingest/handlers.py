@@ -28,7 +28,7 @@ PATIENCE_S = 5.0  # with one of several shards, before its events are parked
 MOST_PATIENCE_S = 60.0  # with a shard whose events are parked: others do not wait for it
 
 
-@router.work(EventReceived, batch=5_000, read=read_event, members=2)
+@router.work(EventReceived, batch=5_000, read=read_event, members=2, pace_s=0.04)
 async def on_events_received(
     events: Sequence[Arrival], feature_store: FeatureStore, definitions: Definitions, parking: Parking
 ) -> list[Event | EncodedEvent]:

@@ -274,8 +274,8 @@ class Load:
             self.over = True
             for reader in readers:
                 reader.cancel()
-            # Not cancelled, which could leave rows stored that nobody announces, as ingest never does.
-            await asyncio.gather(*readers, writer, return_exceptions=True)
+            await asyncio.gather(*readers, return_exceptions=True)
+            await writer  # not cancelled, which could leave rows stored that nobody announces, as ingest never does
 
     async def answers(self, n: int) -> None:
         """Wait for so many more, or for a wrong one."""
@@ -287,11 +287,7 @@ class Load:
         questions = list(self.mesh.expected)
         while True:
             question = self.dice.choice(questions)
-            try:
-                answer: object = await self.features.ask(question)
-            except httpx.HTTPError as error:
-                answer = error
-            if answer != self.mesh.expected[question]:
+            if (answer := await self._answer(question)) != self.mesh.expected[question]:
                 self.wrong.append((question, answer))
             self.n += 1
 
@@ -301,8 +297,16 @@ class Load:
             later = [make_write(self.dice, entity, self.dice.randrange(20, 1000)) for entity in self.dice.sample(READ[:10], 2)]
             anywhere = [make_write(self.dice, entity, self.dice.randrange(12)) for entity in self.dice.sample(WRITTEN, 3)]
             await self.mesh.append(*later, *anywhere)
-            await self.features.ask(Question("GET", f"/v1/features/flights/{self.dice.choice(WRITTEN)}"))
+            asked = Question("GET", f"/v1/features/flights/{self.dice.choice(WRITTEN)}")
+            if isinstance(answer := await self._answer(asked), httpx.HTTPError):
+                self.wrong.append((asked, answer))
             await asyncio.sleep(0.01)
+
+    async def _answer(self, question: Question) -> object:
+        try:
+            return await self.features.ask(question)
+        except httpx.HTTPError as error:
+            return error
 
 
 Trouble = Callable[[Cache, Load], Awaitable[None]]

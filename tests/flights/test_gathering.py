@@ -96,6 +96,14 @@ def test_the_log_agrees_with_the_receipts() -> None:
     assert (log.requests, log.failed, log.without_receipt, log.other_version, log.other_score) == (2, 0, 0, 0, 0)
 
 
+def test_the_log_tells_failures_by_what_was_answered() -> None:
+    calls = [make_call(0, prediction_id="a"), *(make_call(1, status=429) for _ in range(2)), make_call(2, status=None)]
+
+    log = gathering.http_log(calls, [], make_served(["a"], [1], [0.5]), 1e-6)
+
+    assert (log.failed, log.failed_by_status) == (3, {"429": 2, "no answer": 1})
+
+
 @pytest.mark.parametrize(
     ("call", "found"),
     [

@@ -138,6 +138,7 @@ def make_evidence(*, failed: int = 0, stored: int = 9) -> said.Evidence:
         http=said.HttpLog(
             requests=2_000,
             failed=failed,
+            failed_by_status={"429": failed} if failed else {},
             by_door={"native": 2_000},
             p50_ms=3,
             p99_ms=9,
@@ -193,3 +194,4 @@ def test_the_page_says_so_when_something_was_wrong() -> None:
     assert ("Nobody noticed the swaps" in well, "Nobody noticed the swaps" in badly) == (True, False)
     assert ("not balanced" in well, "not balanced" in badly) == (False, True)
     assert "7 of 1,200" in badly
+    assert "of the whole run's 2,000, 7 did (7 with 429)." in badly

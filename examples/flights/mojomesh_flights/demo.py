@@ -29,7 +29,7 @@ from mojomesh_flights.dataset import Year, read_year
 from mojomesh_flights.errors import DemoFailed
 from mojomesh_flights.gathering import Outcomes, Served
 from mojomesh_flights.listening import Listener, Offsets
-from mojomesh_flights.load import MODEL, Load
+from mojomesh_flights.load import MODEL, Load, failures
 from mojomesh_flights.mesh import Mesh
 from mojomesh_flights.progress import Progress
 from mojomesh_flights.replay import Plan, Replay
@@ -198,13 +198,13 @@ class _Numbers:
             "facts": f"{replay.n_published:,}",
         }
         if listener.deployed:
-            failed = sum(call.failed for call in load.calls)
+            failed = ", ".join(f"{n} × {status}" for status, n in failures(load.calls).items())
             numbers |= {
                 "version": str(listener.deployed[-1].version),
                 "flights asked about": f"{replay.n_requested:,}",
                 "answered": f"{listener.predictions.n_requested:,}",
                 "AUC of the last": self._live_auc(),
-                "over HTTP": f"{len(load.calls):,} ({failed} failed)",
+                "over HTTP": f"{len(load.calls):,} (failed: {failed or 'none'})",
             }
         return numbers
 

@@ -109,6 +109,7 @@ class HttpLog(Frozen):
 
     requests: int
     failed: int
+    failed_by_status: dict[str, int]
     by_door: dict[str, int]
     p50_ms: float
     p99_ms: float

@@ -18,7 +18,7 @@ from mojomesh_contracts.events import Metrics, ModelDeployed
 from mojomesh_flights import evidence as said
 from mojomesh_flights.dataset import Year
 from mojomesh_flights.listening import Predictions
-from mojomesh_flights.load import Call
+from mojomesh_flights.load import Call, failures
 from mojomesh_flights.recomputing import Recomputer, decode
 from mojomesh_trainer.cluster import open_cluster
 from mojomesh_trainer.metrics import auc, calibration_error, logloss, measure
@@ -277,6 +277,7 @@ def http_log(calls: Sequence[Call], swaps: Sequence[said.Swap], served: Served, 
     return said.HttpLog(
         requests=len(calls),
         failed=sum(call.failed for call in calls),
+        failed_by_status=failures(calls),
         by_door=dict(Counter(call.door for call in calls)),
         p50_ms=float(np.percentile(latencies, 50)),
         p99_ms=float(np.percentile(latencies, 99)),

@@ -4,7 +4,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,6 +47,11 @@ class Call:
     @property
     def failed(self) -> bool:
         return self.status != 200 or self.prediction_id is None
+
+
+def failures(calls: Iterable[Call]) -> dict[str, int]:
+    """How many failed, by HTTP status or for want of an answer."""
+    return dict(Counter(str(call.status or "no answer") for call in calls if call.failed))
 
 
 class Load:

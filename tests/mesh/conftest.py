@@ -32,6 +32,7 @@ FEBRUARY = datetime(2013, 2, 1, tzinfo=UTC)
 MARCH = datetime(2013, 3, 1, tzinfo=UTC)
 WARMER = 60.0
 N_ASKED = 6_000
+N_LINES_SAID = 12
 Json = dict[str, Any]
 
 BAD: dict[str, Json] = {
@@ -94,6 +95,24 @@ class Client:
         versions = {worker["serving"].get(MODEL) for worker in workers}
         return versions.pop() if len(versions) == 1 else None
 
+    async def until(self, holds: Callable[[], Awaitable[object]], within_s: float, what: str) -> None:
+        """Wait for something; services may be starting again meanwhile. What they said last is told when it does not come."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not await self._holds(holds):
+                    await asyncio.sleep(0.3)
+        except TimeoutError:
+            said = {name: self.mesh.log(name).read_text(errors="replace").splitlines()[-N_LINES_SAID:] for name in self.mesh.status.parts}
+            lines = [f"{name}: {line[:300]}" for name, its_lines in said.items() for line in its_lines]
+            pytest.fail("\n".join([f"{what}, in {within_s:g} s", *lines]), pytrace=False)
+
+    @staticmethod
+    async def _holds(holds: Callable[[], Awaitable[object]]) -> bool:
+        try:
+            return bool(await holds())
+        except (httpx.TransportError, AssertionError):
+            return False
+
     async def version(self, version: int) -> Json:
         return await self.json("GET", "registry", f"/v1/models/{MODEL}/versions/{version}")
 
@@ -112,19 +131,6 @@ class Ledger:
     told: set[UUID] = field(default_factory=set)
     bad: dict[UUID, str] = field(default_factory=dict)
     asked: dict[UUID, str] = field(default_factory=dict)
-
-
-async def until(holds: Callable[[], Awaitable[object]], within_s: float, what: str) -> None:
-    """Wait for something; services may be starting again meanwhile."""
-    async with asyncio.timeout(within_s):
-        while True:
-            try:
-                if await holds():
-                    return
-            except (httpx.TransportError, AssertionError):
-                pass
-            await asyncio.sleep(0.3)
-    raise AssertionError(what)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +184,9 @@ async def january(client: Client, ledger: Ledger, year: Year) -> Client:
     await client.tell(facts)
     ledger.told |= {fact.event_id for fact in facts}
     await tell_bad(client, ledger)
-    await until(lambda: settled(client, ledger), 120, "January is not stored")
+    await client.until(lambda: settled(client, ledger), 120, "January is not stored")
     await client.json("POST", "registry", f"/v1/models/{MODEL}:train", {"reason": "the first model"})
-    await until(lambda: serves(client, 1), 240, "version 1 does not serve")
+    await client.until(lambda: serves(client, 1), 240, "version 1 does not serve")
     return client
 
 
@@ -194,7 +200,7 @@ async def february(january: Client, ledger: Ledger, year: Year) -> Client:
     for point, part in {"ingest.after_handler": facts[:half], "ingest.after_publish": facts[half:]}.items():
         client.arm(point)
         await client.tell(part)
-    await until(lambda: settled(client, ledger), 180, "February is not stored")
+    await client.until(lambda: settled(client, ledger), 180, "February is not stored")
 
     client.arm("trainer.after_handler", "trainer.fold_training", "trainer.bundle_published", "trainer.before_announcement")
     client.arm("registry.registered", "scorer.after_load")
@@ -203,7 +209,7 @@ async def february(january: Client, ledger: Ledger, year: Year) -> Client:
     ledger.asked |= {request.event_id: str(request.entity_id) for request in requests}
     records = [(request.partition_key.encode(), request.model_dump_json().encode()) for request in requests]
     await client.publish(ScoreRequested.topic.name, records)
-    await until(lambda: serves(client, 2), 420, "version 2 does not serve")
+    await client.until(lambda: serves(client, 2), 420, "version 2 does not serve")
     return client
 
 

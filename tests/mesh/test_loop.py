@@ -19,7 +19,7 @@ from mojomesh_contracts.bundles import SIGNATURE_FILE, SIGNED_FILES
 from mojomesh_contracts.events import EventReceived, PredictionsMade, ScoreRequested
 from mojomesh_flights.dataset import Year
 from mojomesh_trainer.runners import API_KEY
-from tests.mesh.conftest import MODEL, Client, Json, Ledger, alerts, certificates, settled, told_id, until
+from tests.mesh.conftest import MODEL, Client, Json, Ledger, alerts, certificates, settled, told_id
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(900)]
 
@@ -104,7 +104,7 @@ async def test_a_prediction_leads_back_to_its_rows_and_is_recomputed_bit_for_bit
         receipts.append(await january.json("GET", "features", f"/v1/predictions/{made['prediction_id']}"))
         return True
 
-    await until(arrived, 30, "no receipt")
+    await january.until(arrived, 30, "no receipt")
     receipt = receipts[-1]
     replayed = await january.json(
         "POST", "admin", "/admin/replay", {"bundle_digest": receipt["bundle_digest"], "inputs": receipt["inputs"]}
@@ -123,7 +123,7 @@ async def test_the_same_event_twice_is_stored_once(january: Client, ledger: Ledg
         await january.json("POST", "ingest", "/v1/events", body)
     await january.publish(EventReceived.topic.name, [(b"TWICE1", event.model_dump_json().encode())])
     ledger.told.add(event.event_id)
-    await until(lambda: settled(january, ledger), 30, "not stored")
+    await january.until(lambda: settled(january, ledger), 30, "not stored")
 
     assert (await january.stored())[event.event_id] == 1
 
@@ -135,7 +135,7 @@ async def test_late_corrections_leave_a_snapshot_as_it_was(january: Client, ledg
     correction = {"event_id": str(uuid4()), "feature_set": "flights", "entity_id": entity, "event_time": at, "values": {"carrier": "ZZ"}}
     await january.json("POST", "ingest", "/v1/events", correction)
     ledger.told.add(UUID(correction["event_id"]))  # type: ignore[arg-type]
-    await until(lambda: settled(january, ledger), 30, "not stored")
+    await january.until(lambda: settled(january, ledger), 30, "not stored")
 
     again = await january.json("POST", "features", "/v1/snapshots", query)
     connection_now = await january.json("GET", "features", f"/v1/features/flights/{entity}?at={at.replace('+', '%2B')}")
@@ -221,7 +221,7 @@ async def test_every_question_on_kafka_has_one_prediction(february: Client, ledg
                     receipts.setdefault(prediction.request_id, set()).add(prediction.prediction_id)
         return receipts.keys() >= ledger.asked.keys()
 
-    await until(answered, 60, "questions without an answer")
+    await february.until(answered, 60, "questions without an answer")
 
     assert Counter(len(ids) for ids in receipts.values()) == {1: len(ledger.asked)}
     assert not await february.records(ScoreRequested.topic.dead_letters.name)

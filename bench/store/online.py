@@ -8,7 +8,8 @@ log, no metrics, workers that are not replaced, a registry that is not read agai
     joined  the second is that of the place which the account's row names. We find it out, in a second round trip; Feast must be told it
 
 Rivals take turns: closed loops of 16 and 64 connections, then 1,000 requests a second whatever becomes of them, then closed loops of
-requests for many entities. Printed: the median of the rounds, CPU time per request of the server's processes, and the ratios.
+requests for many entities. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s and
+p99, and the ratios.
 """
 
 import asyncio
@@ -236,7 +237,7 @@ def show(what: str, runs: dict[str, list[Measured]]) -> None:
         medians[name] = rate, p99
         print(
             f"{what:38}{name:10}{rate:>10,.0f} requests/s   p50 {p50:7.2f}   p99 {p99:7.2f} ms   {cpu:8.1f} us of CPU"
-            f"   {sum(run.errors for run in found)} failed   ({', '.join(f'{run.requests_per_s:,.0f}' for run in found)})",
+            f"   {sum(run.errors for run in found)} failed   ({', '.join(f'{run.requests_per_s:,.0f}/{run.p99_ms:.2f}' for run in found)})",
             flush=True,
         )
     (rate, p99), (peer_rate, peer_p99) = medians["mojomesh"], medians["feast"]
@@ -246,14 +247,16 @@ def show(what: str, runs: dict[str, list[Measured]]) -> None:
 def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
     for model in ("same", "joined"):
         files = {server: write_bodies(server, model, 1, extent, folder) for server in servers}
-        for connections in (16, 64):
+        for load, loop, of, much in (
+            ("16 connections", closed_loop, 0, 16),
+            ("64 connections", closed_loop, 0, 64),
+            (f"{RATE:,} requests/s", open_loop, 1, RATE),
+        ):
             runs: dict[str, list[Measured]] = {server.name: [] for server in servers}
             for number in range(extent.rounds):
                 for server in servers if number % 2 else reversed(servers):
-                    runs[server.name].append(closed_loop(server, files[server][0], connections, extent.seconds))
-            show(f"{model}, {connections} connections", runs)
-        runs = {server.name: [open_loop(server, files[server][1], RATE, extent.seconds)] for server in servers}
-        show(f"{model}, {RATE:,} requests/s", runs)
+                    runs[server.name].append(loop(server, files[server][of], much, extent.seconds))
+            show(f"{model}, {load}", runs)
     for n_entities in (1, 10, 100, 1_000):
         runs = {}
         for server in servers:

@@ -8,7 +8,8 @@ log, no metrics, workers that are not replaced, a registry that is not read agai
     joined  the second is that of the place which the account's row names. We find it out, in a second round trip; Feast must be told it
 
 Rivals take turns: closed loops of 16 and 64 connections, then 1,000 requests a second whatever becomes of them, then closed loops of
-requests for many entities. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s and
+requests for many entities. At 1,000 a second a third one takes turns, which does no work (no_work.py): what the machine lets nobody go
+below. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s and
 p99, and the ratios.
 """
 
@@ -159,6 +160,14 @@ def features(env: dict[str, str], folder: Path) -> Iterator[Serving]:
 
 
 @contextmanager
+def no_work(folder: Path) -> Iterator[Serving]:
+    port = ports.choose()
+    command = Command("no work", [sys.executable, str(HERE / "no_work.py"), str(port)], folder / "no_work.log")
+    with running(Server(command, (port,), ready=lambda: ports.answers(port))) as pid:
+        yield Serving("no work", port, pid)
+
+
+@contextmanager
 def feast(redis: Redis, folder: Path) -> Iterator[Serving]:
     home = folder / "feast"
     home.mkdir()
@@ -241,20 +250,24 @@ def show(what: str, runs: dict[str, list[Measured]]) -> None:
             flush=True,
         )
     (rate, p99), (peer_rate, peer_p99) = medians["mojomesh"], medians["feast"]
-    print(f"{'':38}{rate / peer_rate:.1f} x the requests/s of Feast, {p99 / peer_p99:.3f} x its p99\n", flush=True)
+    ratios = f"{rate / peer_rate:.1f} x the requests/s of Feast, {p99 / peer_p99:.3f} x its p99"
+    if "no work" in medians:
+        ratios += f", {p99 / medians['no work'][1]:.1f} x that of no work"
+    print(f"{'':38}{ratios}\n", flush=True)
 
 
-def compare(servers: Sequence[Serving], extent: Extent, folder: Path) -> None:
+def compare(servers: Sequence[Serving], idle: Serving, extent: Extent, folder: Path) -> None:
     for model in ("same", "joined"):
         files = {server: write_bodies(server, model, 1, extent, folder) for server in servers}
-        for load, loop, of, much in (
-            ("16 connections", closed_loop, 0, 16),
-            ("64 connections", closed_loop, 0, 64),
-            (f"{RATE:,} requests/s", open_loop, 1, RATE),
+        files[idle] = files[servers[0]]
+        for load, loop, of, much, rivals in (
+            ("16 connections", closed_loop, 0, 16, servers),
+            ("64 connections", closed_loop, 0, 64, servers),
+            (f"{RATE:,} requests/s", open_loop, 1, RATE, [*servers, idle]),
         ):
-            runs: dict[str, list[Measured]] = {server.name: [] for server in servers}
+            runs: dict[str, list[Measured]] = {server.name: [] for server in rivals}
             for number in range(extent.rounds):
-                for server in servers if number % 2 else reversed(servers):
+                for server in rivals if number % 2 else reversed(rivals):
                     runs[server.name].append(loop(server, files[server][of], much, extent.seconds))
             show(f"{model}, {load}", runs)
     for n_entities in (1, 10, 100, 1_000):
@@ -294,4 +307,4 @@ def main(quick: bool) -> None:
         }
         servers = [stack.enter_context(features(env, folder)), stack.enter_context(feast(redis, folder))]
         print(f"{check_alike(servers, extent.n_accounts):,} vectors are alike\n", flush=True)
-        compare(servers, extent, folder)
+        compare(servers, stack.enter_context(no_work(folder)), extent, folder)

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from typing import cast
 
 import uvloop
 
@@ -11,9 +12,9 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 
 class NoWork(asyncio.Protocol):
     """One connection."""
 
-    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]  # of TCP it is one
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one, but not by its class
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""

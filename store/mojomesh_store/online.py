@@ -22,10 +22,10 @@ from uuid import uuid4
 
 import orjson
 from prometheus_client import Counter
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from mojomesh_chassis.errors import TransientError
+from mojomesh_chassis.redis import LineRedis
 from mojomesh_chassis.telemetry import log
 from mojomesh_contracts.events import FeatureValue, RowKey
 from mojomesh_store.tables import FeatureRow
@@ -222,7 +222,7 @@ class OnlineStore:
         chance: Uniform in (0, 1]; XFetch's dice.
     """
 
-    redis: Redis
+    redis: LineRedis
     breaker: Breaker = field(default_factory=Breaker)
     clock: Callable[[], float] = time.time
     chance: Callable[[], float] = lambda: 1.0 - random.random()
@@ -274,7 +274,7 @@ class OnlineStore:
         if self._missed_writes:
             return None, []
         try:
-            found = await self._asking(self.redis.mget([GENERATION, *[_key(entity) for entity in entities]]))
+            found = await self._asking(self.redis.values([GENERATION, *[_key(entity) for entity in entities]]))
         except Unanswered:
             _READS.labels("unanswered").inc(len(entities))
             return None, []

@@ -9,14 +9,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from redis.asyncio import Redis
 from starlette.types import Receive, Scope, Send
 
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.health import Health
 from mojomesh_chassis.http import mesh_app
 from mojomesh_chassis.objects import Objects, open_objects
-from mojomesh_chassis.redis import open_redis
+from mojomesh_chassis.redis import LineRedis, open_redis
 from mojomesh_contracts.definitions import Model, parse_definitions
 from mojomesh_contracts.events import EventReceived, FeatureValue
 from mojomesh_features import routes
@@ -74,13 +73,13 @@ async def append(append_all: AppendAll) -> Append:
 
 
 @pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
+async def redis(redis_url: str) -> AsyncIterator[LineRedis]:
     async with open_redis(redis_url, timeout_s=10) as client:  # nothing here depends on its patience
         yield client
 
 
 @pytest.fixture
-def online(redis: Redis) -> OnlineStore:
+def online(redis: LineRedis) -> OnlineStore:
     return OnlineStore(redis, chance=lambda: 1.0)
 
 

@@ -5,11 +5,10 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
-from redis.asyncio import Redis
 
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError, TransientError
-from mojomesh_chassis.redis import open_redis
+from mojomesh_chassis.redis import LineRedis, open_redis
 from mojomesh_contracts.definitions import parse_definitions
 from mojomesh_scorer.lookups import FEW_ROWS, EntityAt, FeatureLookup, Found
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, microseconds
@@ -37,7 +36,7 @@ class Features:
 
     def lookup(self, online: OnlineStore | None = None, definitions: Definitions | None = None) -> FeatureLookup:
         client = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
-        nowhere = OnlineStore(Redis.from_url("redis://127.0.0.1:9/0"))
+        nowhere = OnlineStore(LineRedis("redis://127.0.0.1:9/0", timeout_s=1))
         return FeatureLookup(client, "http://features", online or nowhere, definitions or Definitions())
 
 

@@ -10,11 +10,10 @@ from uuid import uuid4
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from redis.asyncio import Redis
 
 import mojomesh_store.online as online_module
 from mojomesh_chassis.errors import TransientError
-from mojomesh_chassis.redis import open_redis
+from mojomesh_chassis.redis import LineRedis, open_redis
 from mojomesh_local import ports
 from mojomesh_local.processes import Child
 from mojomesh_local.redis import Redis as RedisServer
@@ -29,13 +28,13 @@ def make_row(event_us: int, created_us: int = 100, seq: int = 1, values: bytes =
 
 
 @pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
+async def redis(redis_url: str) -> AsyncIterator[LineRedis]:
     async with open_redis(redis_url, timeout_s=10) as client:  # nothing here depends on its patience
         yield client
 
 
 @pytest.fixture
-def online(redis: Redis) -> OnlineStore:
+def online(redis: LineRedis) -> OnlineStore:
     return OnlineStore(redis, chance=lambda: 1.0)  # XFetch never draws an early turn
 
 
@@ -91,7 +90,7 @@ async def test_a_row_written_during_the_load_is_read(online: OnlineStore) -> Non
     assert window is not None and window.at(25) == make_row(20)
 
 
-async def evicted_during_a_load(online: OnlineStore, redis: Redis) -> Window | None:
+async def evicted_during_a_load(online: OnlineStore, redis: LineRedis) -> Window | None:
     lease = await online.lease([FLIGHT])
     seen_by_the_load = Window.of([make_row(10)], ROWS_KEPT)
     await online.merge([(FLIGHT, make_row(20))])
@@ -101,11 +100,11 @@ async def evicted_during_a_load(online: OnlineStore, redis: Redis) -> Window | N
     return await window_of(online)
 
 
-async def test_what_was_loaded_is_not_kept_if_a_row_written_meanwhile_was_evicted(online: OnlineStore, redis: Redis) -> None:
+async def test_what_was_loaded_is_not_kept_if_a_row_written_meanwhile_was_evicted(online: OnlineStore, redis: LineRedis) -> None:
     assert await evicted_during_a_load(online, redis) is None
 
 
-async def test_control_without_the_lease_a_row_written_meanwhile_is_hidden(online: OnlineStore, redis: Redis) -> None:
+async def test_control_without_the_lease_a_row_written_meanwhile_is_hidden(online: OnlineStore, redis: LineRedis) -> None:
     unguarded = LUA.replace("not fresh and lease == lease_of(entry)", "true")
     assert unguarded != LUA
     online._merge = redis.register_script(unguarded)
@@ -131,7 +130,7 @@ async def test_a_late_writer_does_not_displace_a_newer_row(online: OnlineStore) 
     assert window.at(15) == make_row(10, created_us=300, seq=3, values=b'"earlier true"')
 
 
-async def test_control_without_the_order_a_late_writer_displaces_a_newer_row(online: OnlineStore, redis: Redis) -> None:
+async def test_control_without_the_order_a_late_writer_displaces_a_newer_row(online: OnlineStore, redis: LineRedis) -> None:
     unguarded = LUA.replace("if not known or later(row, known) then", "if true then")
     assert unguarded != LUA
     online._merge = redis.register_script(unguarded)
@@ -181,7 +180,7 @@ Step = tuple[str, int]
     ),
 )
 async def test_however_writes_and_loads_interleave_what_a_window_covers_is_right(
-    online: OnlineStore, redis: Redis, keys: list[tuple[int, int, int]], steps: list[Step]
+    online: OnlineStore, redis: LineRedis, keys: list[tuple[int, int, int]], steps: list[Step]
 ) -> None:
     await redis.delete("mojomesh:online:1:flights:UA1545")
     rows = [make_row(*key, values=b"%d" % n) for n, key in enumerate(keys)]
@@ -227,7 +226,7 @@ POISONS = {
 
 
 @pytest.mark.parametrize("poison", [*POISONS, "damaged", "foreign", "hash"])
-async def test_a_value_that_is_not_what_was_kept_is_a_miss_and_is_mended(online: OnlineStore, redis: Redis, poison: str) -> None:
+async def test_a_value_that_is_not_what_was_kept_is_a_miss_and_is_mended(online: OnlineStore, redis: LineRedis, poison: str) -> None:
     other = ("flights", "B6725")
     await load(online, FLIGHT, [make_row(10)])
     await load(online, other, [make_row(99)])
@@ -255,7 +254,7 @@ async def test_a_value_that_is_not_what_was_kept_is_a_miss_and_is_mended(online:
 
 
 async def test_a_reply_that_belongs_to_another_command_is_a_miss(
-    online: OnlineStore, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    online: OnlineStore, redis: LineRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await load(online, FLIGHT, [make_row(10)])
     other = ("flights", "B6725")
@@ -269,7 +268,7 @@ async def test_a_reply_that_belongs_to_another_command_is_a_miss(
         return 1
 
     for lie in (stale, number):
-        monkeypatch.setattr(redis, "mget", lie)
+        monkeypatch.setattr(redis, "values", lie)
         assert await window_of(online) is None
 
 
@@ -347,7 +346,7 @@ async def _asks(online: OnlineStore) -> bool:
     return online.breaker._failures > failures_before
 
 
-async def test_near_its_end_a_value_is_loaded_anew_by_some_readers(redis: Redis) -> None:
+async def test_near_its_end_a_value_is_loaded_anew_by_some_readers(redis: LineRedis) -> None:
     """XFetch: the later and the slower the load, the more readers; long before the end none."""
     now, draw = 1_000_000.0, 0.5
     online = OnlineStore(redis, clock=lambda: now, chance=lambda: draw)
@@ -367,7 +366,7 @@ async def test_near_its_end_a_value_is_loaded_anew_by_some_readers(redis: Redis)
     assert await refreshes()
 
 
-async def test_without_redis_reading_and_keeping_go_on(redis: Redis) -> None:
+async def test_without_redis_reading_and_keeping_go_on(redis: LineRedis) -> None:
     async with open_redis("redis://127.0.0.1:9/0") as nowhere:
         online = OnlineStore(nowhere)
 

@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2_grpc as pb_grpc
 
 from bench.scorer.model import Known
 from bench.scorer.servers import Serving
+from bench.steal import Steal
 
 _HOW = {"wrk": "apt-get install wrk", "oha": "cargo install oha --locked", "ghz": "go install github.com/bojand/ghz/cmd/ghz@latest"}
 _LUA = Path(__file__).with_name("infer.lua")
@@ -46,6 +47,8 @@ class Measured:
     """CPU time of the server's processes, per request."""
     rss_mb: float
     """Memory of the server's processes at the end."""
+    stolen: float
+    """Share of this machine's CPU time that its host gave to others."""
     checked: int = 0
     wrong: int = 0
 
@@ -53,9 +56,9 @@ class Measured:
 @contextmanager
 def _spending(serving: Serving) -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
-    before = serving.cpu_s()
+    before, steal = serving.cpu_s(), Steal()
     yield spent
-    spent |= {"cpu_s": serving.cpu_s() - before, "rss_mb": serving.rss_mb()}
+    spent |= {"cpu_s": serving.cpu_s() - before, "rss_mb": serving.rss_mb(), "stolen": steal.share}
 
 
 def closed_loop(serving: Serving, requests: Path, connections: int, seconds: int, check: bool = False) -> Measured:
@@ -82,6 +85,7 @@ def closed_loop(serving: Serving, requests: Path, connections: int, seconds: int
         found["not_ok"] + found["broken"] + found["timeouts"],
         spent["cpu_s"] / max(1, found["requests"]) * 1e6,
         spent["rss_mb"],
+        spent["stolen"],
         found["checked"],
         found["wrong"],
     )
@@ -105,6 +109,7 @@ def open_loop(serving: Serving, bodies: Path, rate: int, seconds: float) -> Meas
         not_ok + broken,
         spent["cpu_s"] / max(1, n_answers) * 1e6,
         spent["rss_mb"],
+        spent["stolen"],
     )
 
 
@@ -148,6 +153,7 @@ def grpc_loop(serving: Serving, request: Path, seconds: float) -> Measured:
         found["count"] - n_ok,
         spent["cpu_s"] / max(1, found["count"]) * 1e6,
         spent["rss_mb"],
+        spent["stolen"],
     )
 
 

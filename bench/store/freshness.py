@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.steal import Steal
 from bench.store.ingest import Spent, declare, make_event
 from mojomesh_chassis.publishing import EncodedEvent, Publisher
 from mojomesh_chassis.serving import settle_memory
@@ -177,7 +178,7 @@ async def measure(folder: Path, seconds: float, stack: AsyncExitStack) -> None:
     del made
     settle_memory()
     sought = Sought()
-    started, own_started = time.perf_counter(), time.process_time()
+    started, own_started, steal = time.perf_counter(), time.process_time(), Steal()
     cpu = Spent(processes)
     cpu.read()
     looking = asyncio.create_task(look(http, sought, started + WARM_UP_S))
@@ -186,9 +187,11 @@ async def measure(folder: Path, seconds: float, stack: AsyncExitStack) -> None:
     while sought.outstanding and not looking.done():
         await asyncio.sleep(POLL_S)
     looking.cancel()
+    stolen = steal.share
     for port in (first + 4, first + 5):
         async with httpx.AsyncClient(trust_env=False) as client:
             print_batches((await client.get(f"http://127.0.0.1:{port}/metrics")).text)
+    print(f"{stolen:.1%} of the machine was given to others by its host")
     report(sought, acknowledged[int(WARM_UP_S / (WARM_UP_S + seconds) * len(acknowledged)) :], spent, WARM_UP_S + seconds)
 
 

@@ -18,7 +18,8 @@ What is sealed is also read by others, which neither sort it nor look for what h
     orjson      a part of it, taken by asyncpg and written as Parquet with orjson and pyarrow
 
 Printed as Markdown: seconds of each time, those of CPU in the process that joins or seals (the median, which tells more than the clock on a
-machine that is not idle), rows a second (the median), the process's peak memory; then what ours is to each, with the goals.
+machine that is not idle), rows a second (the median), the process's peak memory, the share of the machine's time that its host gave to
+others meanwhile (`bench/steal.py`); then what ours is to each, with the goals.
 """
 
 import asyncio
@@ -45,6 +46,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from adbc_driver_postgresql import dbapi
 
+from bench.steal import Steal
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import open_objects
 from mojomesh_contracts.definitions import parse_definitions
@@ -293,9 +295,15 @@ def export(url: str, folder: Path, n: int) -> None:
 
 
 def child(folder: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--child", str(folder), *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    return answer_of([sys.executable, "-m", "bench.store.join", "--child", str(folder), *arguments])
+
+
+def answer_of(argv: list[str], patience_s: float | None = None) -> dict[str, Any]:
+    """What a process says at its end, and what the machine was not given meanwhile."""
+    steal = Steal()
+    done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=patience_s, check=True, text=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return answer | {"stolen": steal.share}
 
 
 def act(folder: Path, what: str, *arguments: str) -> None:
@@ -328,13 +336,9 @@ def feast(folder: Path, n: int) -> dict[str, Any] | None:
         (home / "ready").touch()
     script = Path(__file__).with_name("feast_join.py")
     try:
-        done = subprocess.run(
-            [home / "bin" / "python", script, folder, str(n), *USED], stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True, text=True
-        )
+        return answer_of([str(home / "bin" / "python"), str(script), str(folder), str(n), *USED], PATIENCE_S)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         return None
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 async def lateral(url: str, n: int) -> dict[str, Any]:
@@ -380,7 +384,8 @@ def show(what: str, n: int, results: list[dict[str, Any]]) -> tuple[float, float
     rates = [statistics.median(result["rows"] / result[spent] for result in results) for spent in ("s", "cpu_s")]
     spent = ", ".join(f"{result['s']:.2f}" for result in results)
     cpu_s, gb = statistics.median(result["cpu_s"] for result in results), max(result["gb"] for result in results)
-    print(f"| {what} | {n:,} | {spent} | {cpu_s:.2f} | {rates[0]:,.0f} | {gb:.1f} GB |", flush=True)
+    stolen = ", ".join(f"{result['stolen']:.0%}" for result in results)
+    print(f"| {what} | {n:,} | {spent} | {cpu_s:.2f} | {rates[0]:,.0f} | {gb:.1f} GB | {stolen} |", flush=True)
     return rates[0], rates[1]
 
 
@@ -394,7 +399,7 @@ def main(quick: bool) -> None:
     told: list[str] = []
     took: dict[int, float] = {}
     print(f"DuckDB {duckdb.__version__} with {MEMORY}\n")
-    print("| | rows | seconds | CPU s | rows/s | memory |\n|---|---|---|---|---|---|", flush=True)
+    print("| | rows | seconds | CPU s | rows/s | memory | stolen |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="mojomesh-bench-") as name, a_database(folder := Path(name)) as cluster:
         (folder / "objects").mkdir()
         url = cluster.url(SERVICE)
@@ -442,7 +447,7 @@ def join(url: str, folder: Path, n: int, rounds: int, told: list[str]) -> float:
     rates = {way: show(way, n, found) for way, found in results.items()}
     assert len({found[0]["rows"] for found in results.values()}) == 1, "they do not answer the same"
     if (feasts := feast(folder, n)) is None:
-        print(f"| feast | {n:,} | not within {PATIENCE_S:.0f} s and its memory | | | |", flush=True)
+        print(f"| feast | {n:,} | not within {PATIENCE_S:.0f} s and its memory | | | | |", flush=True)
     else:
         rates["feast"] = show("feast", n, [feasts])
     for way, rate in rates.items():

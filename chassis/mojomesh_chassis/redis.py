@@ -12,7 +12,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 
@@ -51,75 +51,87 @@ class LineRedis(Redis):
             redis.exceptions.RedisError: It refuses, or is late; then the connection is given up, and all who wait on it hear of that.
         """
         line = self._line
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                if line is None or not line.is_open:
-                    line = await self._open()
-                return await line.ask("MGET", *keys)
-        except TimeoutError as error:
-            if line is not None:
-                line.close()
-            raise RedisTimeoutError(f"no answer within {self._timeout_s} s") from error
+        if line is None or not line.is_open:
+            line = await self._open()
+        return await line.ask("MGET", *keys)
 
     def hang_up(self) -> None:
         """Close that connection; the next question opens another."""
         if self._line is not None:
-            self._line.close()
+            self._line.close(RedisConnectionError, "closed")
 
     async def _open(self) -> "_Line":
-        async with self._opening:
-            if self._line is None or not self._line.is_open:
-                # redis-py knows about addresses, TLS, passwords and databases; what it has opened is taken from it.
-                connection = self.connection_pool.connection_class(**self.connection_pool.connection_kwargs)
-                async with AsyncExitStack() as undo:
-                    undo.push_async_callback(connection.disconnect, nowait=True)
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                    undo.pop_all()
-                self._line = _Line(connection)
-            return self._line
+        try:
+            async with asyncio.timeout(self._timeout_s), self._opening:
+                if self._line is None or not self._line.is_open:
+                    # redis-py knows about addresses, TLS, passwords and databases; what it has opened is taken from it.
+                    connection = self.connection_pool.connection_class(**self.connection_pool.connection_kwargs)
+                    async with AsyncExitStack() as undo:
+                        undo.push_async_callback(connection.disconnect, nowait=True)
+                        await connection.connect()  # type: ignore[no-untyped-call]
+                        undo.pop_all()
+                    self._line = _Line(connection, self._timeout_s)
+                return self._line
+        except TimeoutError as error:
+            raise RedisTimeoutError(f"no connection within {self._timeout_s} s") from error
 
 
 class _Line(asyncio.Protocol):
     """A connection on which many may ask; Redis answers them in their order."""
 
-    def __init__(self, connection: AbstractConnection) -> None:
+    def __init__(self, connection: AbstractConnection, timeout_s: float) -> None:
         assert connection._writer
         self._writer, connection._writer = connection._writer, None  # whoever has it closes the transport when dropped
         self._transport = self._writer.transport
         self._transport.set_protocol(self)
         self._reader = hiredis.Reader(replyError=ResponseError)
-        self._waiting: deque[Future[object]] = deque()
+        self._timeout_s = timeout_s
+        self._waiting: deque[tuple[float, Future[object]]] = deque()  # since when, in the order in which Redis answers
+        self._watch: asyncio.TimerHandle | None = None  # for who waits longest: a timer for each costs more than its question
 
     @property
     def is_open(self) -> bool:
         return not self._transport.is_closing()
 
     def ask(self, *command: str) -> Future[object]:
-        answer: Future[object] = asyncio.get_running_loop().create_future()
-        self._waiting.append(answer)
+        loop = asyncio.get_running_loop()
+        answer: Future[object] = loop.create_future()
+        self._waiting.append((loop.time(), answer))
+        if self._watch is None:
+            self._watch = loop.call_later(self._timeout_s, self._look)
         self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # the stub: of one
         return answer
+
+    def _look(self) -> None:
+        self._watch = None
+        if self._waiting:
+            loop = asyncio.get_running_loop()
+            patience_s = self._waiting[0][0] + self._timeout_s - loop.time()
+            if patience_s > 0:
+                self._watch = loop.call_later(patience_s, self._look)
+            else:
+                self.close(RedisTimeoutError, f"no answer within {self._timeout_s} s")
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
         try:
             while (said := self._reader.gets()) is not False:
-                answer = self._waiting.popleft()
+                _, answer = self._waiting.popleft()
                 if answer.done():  # nobody waits any more
                     continue
                 if isinstance(said, ResponseError):
                     answer.set_exception(said)
                 else:
                     answer.set_result(said)
-        except (hiredis.ProtocolError, IndexError):  # it is not Redis, or answers what nobody asked
-            self.close()
+        except (hiredis.ProtocolError, IndexError):
+            self.close(RedisConnectionError, "this is not Redis, or it answers what nobody asked")
 
-    def close(self) -> None:
+    def close(self, kind: type[RedisError], why: str) -> None:
         self._transport.abort()
-        for answer in self._waiting:
+        for _, answer in self._waiting:
             if not answer.done():
-                answer.set_exception(RedisConnectionError("the connection was given up"))
+                answer.set_exception(kind(why))
         self._waiting.clear()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.close()
+        self.close(RedisConnectionError, f"the connection was lost: {error}")

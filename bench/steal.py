@@ -10,7 +10,7 @@ CALM = 0.01
 
 
 def _now() -> tuple[float, float]:
-    return psutil.cpu_times().steal, time.perf_counter() * psutil.cpu_count()
+    return psutil.cpu_times().steal, time.perf_counter() * (psutil.cpu_count() or 1)
 
 
 @dataclass

@@ -9,8 +9,8 @@ log, no metrics, workers that are not replaced, a registry that is not read agai
 
 Rivals take turns: closed loops of 16 and 64 connections, and at last of requests for many entities. At 1,000 requests a second whatever
 becomes of them Feast would fall behind; there a server takes turns that does no work (no_work.py): what the machine lets nobody go below.
-Of those rounds only such count in which its host gave less than 1 % of the machine to others (`bench/steal.py`), if twelve hold three of
-them. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s, p99 and share that was
+Of those runs only such count in which its host gave less than 1 % of the machine to others (`bench/steal.py`), if three of twelve are
+such. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s, p99 and share that was
 given to others, and the ratios.
 """
 
@@ -247,18 +247,21 @@ Loop = Callable[[Serving, Path, int, int], Measured]
 
 
 def in_turns(loop: Loop, files: dict[Serving, Path], much: int, extent: Extent, most: int) -> dict[str, list[Measured]]:
-    """Rounds in which the host took next to nothing from any rival, as many as wanted; all rounds, if `most` of them hold fewer."""
-    rounds: list[dict[str, Measured]] = []
-    calm: list[dict[str, Measured]] = []
-    while len(calm) < extent.rounds and len(rounds) < most:
-        rivals = list(files) if len(rounds) % 2 else reversed(files)
-        rounds.append({server.name: loop(server, files[server], much, extent.seconds) for server in rivals})
-        if all(run.stolen < CALM for run in rounds[-1].values()):
-            calm.append(rounds[-1])
-        elif most > extent.rounds:
-            print("not calm: " + ", ".join(f"{name} {told(run)}" for name, run in rounds[-1].items()), flush=True)
-    counted = calm if len(calm) == extent.rounds else rounds
-    return {server.name: [each[server.name] for each in counted] for server in files}
+    """Rounds; up to `most`, until of each rival as many runs are calm as there are to be rounds. Then only those count."""
+    runs: dict[str, list[Measured]] = {server.name: [] for server in files}
+    calm: dict[str, list[Measured]] = {server.name: [] for server in files}
+    for number in range(most):
+        for server in files if number % 2 else reversed(files):
+            run = loop(server, files[server], much, extent.seconds)
+            runs[server.name].append(run)
+            if run.stolen < CALM:
+                calm[server.name].append(run)
+        if all(len(found) >= extent.rounds for found in calm.values()):
+            break
+    if most == extent.rounds:
+        return runs
+    print("all: " + "; ".join(f"{name} {', '.join(map(told, found))}" for name, found in runs.items()), flush=True)
+    return {name: found if len(found) >= extent.rounds else runs[name] for name, found in calm.items()}
 
 
 def show(what: str, runs: dict[str, list[Measured]]) -> None:
@@ -282,8 +285,8 @@ def compare(servers: Sequence[Serving], idle: Serving, extent: Extent, folder: P
     for model in ("same", "joined"):
         files = {server: write_bodies(server, model, 1, extent, folder) for server in servers}
         for connections in (16, 64):
-            requests = {server: files[server][0] for server in servers}
-            show(f"{model}, {connections} connections", in_turns(closed_loop, requests, connections, extent, most=extent.rounds))
+            asked = {server: files[server][0] for server in servers}
+            show(f"{model}, {connections} connections", in_turns(closed_loop, asked, connections, extent, most=extent.rounds))
         bodies = {servers[0]: files[servers[0]][1], idle: files[servers[0]][1]}  # Feast would fall behind
         show(f"{model}, {RATE:,} requests/s", in_turns(open_loop, bodies, RATE, extent, most=4 * extent.rounds))
     for n_entities in (1, 10, 100, 1_000):

@@ -23,7 +23,6 @@ async def open_redis(url: str, timeout_s: float = 0.25) -> AsyncIterator["LineRe
     try:
         yield client
     finally:
-        client.hang_up()
         await client.aclose()
 
 
@@ -39,7 +38,7 @@ class LineRedis(Redis):
         self.auto_close_connection_pool = True
         self._timeout_s = timeout_s
         self._line: _Line | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[_Line] | None = None
 
     async def values(self, keys: Sequence[str]) -> object:
         """MGET, on a connection where no question waits for another's answer.
@@ -52,28 +51,32 @@ class LineRedis(Redis):
         """
         line = self._line
         if line is None or not line.is_open:
-            line = await self._open()
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._open())
+            line = await asyncio.shield(self._opening)
         return await line.ask("MGET", *keys)
 
-    def hang_up(self) -> None:
-        """Close that connection; the next question opens another."""
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
         if self._line is not None:
             self._line.close(RedisConnectionError, "closed")
+        await super().aclose(close_connection_pool)
 
     async def _open(self) -> "_Line":
+        # redis-py knows about addresses, TLS, passwords and databases; what it has opened is taken from it.
+        connection = self.connection_pool.connection_class(**self.connection_pool.connection_kwargs)
         try:
-            async with asyncio.timeout(self._timeout_s), self._opening:
-                if self._line is None or not self._line.is_open:
-                    # redis-py knows about addresses, TLS, passwords and databases; what it has opened is taken from it.
-                    connection = self.connection_pool.connection_class(**self.connection_pool.connection_kwargs)
-                    async with AsyncExitStack() as undo:
-                        undo.push_async_callback(connection.disconnect, nowait=True)
-                        await connection.connect()  # type: ignore[no-untyped-call]
-                        undo.pop_all()
-                    self._line = _Line(connection, self._timeout_s)
-                return self._line
+            async with asyncio.timeout(self._timeout_s), AsyncExitStack() as undo:
+                undo.push_async_callback(connection.disconnect, nowait=True)
+                await connection.connect()  # type: ignore[no-untyped-call]
+                undo.pop_all()
         except TimeoutError as error:
             raise RedisTimeoutError(f"no connection within {self._timeout_s} s") from error
+        finally:
+            self._opening = None
+        self._line = _Line(connection, self._timeout_s)
+        return self._line
 
 
 class _Line(asyncio.Protocol):

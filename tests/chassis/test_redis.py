@@ -68,6 +68,16 @@ async def test_one_who_waits_no_more_leaves_the_others_their_answers(redis: Line
     assert [each for n, each in enumerate(heard) if n % 3] == [True] * (len(KEYS) - len(waiting[::3]))
 
 
+async def test_one_who_goes_while_the_connection_is_opened_leaves_it_to_the_others(redis: LineRedis, child: Child) -> None:
+    os.kill(child.pid, signal.SIGSTOP)
+    waiting = [asyncio.create_task(hears_its_own(redis, key)) for key in KEYS]
+    await asyncio.sleep(0.1)  # it is accepted, and introduces itself
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    os.kill(child.pid, signal.SIGCONT)
+    assert await asyncio.gather(*waiting[1:]) == [True] * (len(KEYS) - 1)
+
+
 async def test_a_redis_that_is_late_is_given_up_and_asked_anew(server: RedisServer, child: Child) -> None:
     async with open_redis(server.url, timeout_s=0.2) as redis, asyncio.timeout(20):
         assert await hears_its_own(redis, KEYS[0])
@@ -161,9 +171,17 @@ async def speaking(says: Callable[[int], bytes]) -> AsyncIterator[str]:
         await asyncio.gather(*filter(None, visits), return_exceptions=True)
 
 
-async def test_nothing_is_left_open(server: RedisServer, child: Child) -> None:
-    async with open_redis(server.url) as redis:
-        assert await hears_its_own(redis, KEYS[0])
+@pytest.mark.parametrize("opened", [True, False])
+async def test_nothing_is_left_open(server: RedisServer, child: Child, opened: bool) -> None:
+    async with open_redis(server.url, timeout_s=5) as redis:
+        if opened:
+            assert await hears_its_own(redis, KEYS[0])
+        os.kill(child.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(redis.values([KEYS[0]]))
+        await asyncio.sleep(0.1)
+    os.kill(child.pid, signal.SIGCONT)
+    with pytest.raises(RedisConnectionError if opened else asyncio.CancelledError):
+        await waiting
     with RedisClient.from_url(server.url) as client:
         async with asyncio.timeout(10):
             while client.info("clients")["connected_clients"] > 1:

@@ -9,9 +9,9 @@ log, no metrics, workers that are not replaced, a registry that is not read agai
 
 Rivals take turns: closed loops of 16 and 64 connections, and at last of requests for many entities. At 1,000 requests a second whatever
 becomes of them Feast would fall behind; there a server takes turns that does no work (no_work.py): what the machine lets nobody go below.
-Of those runs only such count in which its host gave less than 1 % of the machine to others (`bench/steal.py`), if three of twelve are
-such. Printed: the median of the rounds, CPU time per request of the server's processes, each round's requests/s, p99 and share that was
-given to others, and the ratios.
+Of those runs, up to twelve, the three count in which its host gave least of the machine to others (`bench/steal.py`); when three are below
+1 %, there are no more. Printed: medians, CPU time per request of the server's processes, each run's requests/s, p99 and share that was given
+to others, and the ratios.
 """
 
 import asyncio
@@ -247,21 +247,16 @@ Loop = Callable[[Serving, Path, int, int], Measured]
 
 
 def in_turns(loop: Loop, files: dict[Serving, Path], much: int, extent: Extent, most: int) -> dict[str, list[Measured]]:
-    """Rounds; up to `most`, until of each rival as many runs are calm as there are to be rounds. Then only those count."""
+    """As many runs of each as there are to be rounds: if `most` is more, the calmest of up to so many."""
     runs: dict[str, list[Measured]] = {server.name: [] for server in files}
-    calm: dict[str, list[Measured]] = {server.name: [] for server in files}
     for number in range(most):
         for server in files if number % 2 else reversed(files):
-            run = loop(server, files[server], much, extent.seconds)
-            runs[server.name].append(run)
-            if run.stolen < CALM:
-                calm[server.name].append(run)
-        if all(len(found) >= extent.rounds for found in calm.values()):
+            runs[server.name].append(loop(server, files[server], much, extent.seconds))
+        if all(sum(run.stolen < CALM for run in found) >= extent.rounds for found in runs.values()):
             break
-    if most == extent.rounds:
-        return runs
-    print("all: " + "; ".join(f"{name} {', '.join(map(told, found))}" for name, found in runs.items()), flush=True)
-    return {name: found if len(found) >= extent.rounds else runs[name] for name, found in calm.items()}
+    if most > extent.rounds:
+        print("all runs: " + "; ".join(f"{name} {', '.join(map(told, found))}" for name, found in runs.items()), flush=True)
+    return {name: sorted(found, key=lambda run: run.stolen)[: extent.rounds] for name, found in runs.items()}
 
 
 def show(what: str, runs: dict[str, list[Measured]]) -> None:

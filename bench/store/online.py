@@ -10,8 +10,8 @@ log, no metrics, workers that are not replaced, a registry that is not read agai
 Rivals take turns: closed loops of 16 and 64 connections, and at last of requests for many entities. At 1,000 requests a second whatever
 becomes of them Feast would fall behind; there a server takes turns that does no work (no_work.py): what the machine lets nobody go below.
 Of those runs, up to twelve, the three count in which its host gave least of the machine to others (`bench/steal.py`); when three are below
-1 %, there are no more. Printed: medians, CPU time per request of the server's processes, each run's requests/s, p99 and share that was given
-to others, and the ratios.
+1 %, there are no more. Printed: medians, CPU time per request of the server's processes, each run's requests/s, p99 and share that was
+given to others, and the ratios.
 """
 
 import asyncio

@@ -69,7 +69,7 @@ class LineRedis(Redis):
         try:
             async with asyncio.timeout(self._timeout_s), AsyncExitStack() as undo:
                 undo.push_async_callback(connection.disconnect, nowait=True)
-                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.connect()  # type: ignore[no-untyped-call]  # it has no annotations
                 undo.pop_all()
         except TimeoutError as error:
             raise RedisTimeoutError(f"no connection within {self._timeout_s} s") from error
@@ -102,7 +102,7 @@ class _Line(asyncio.Protocol):
         self._waiting.append((loop.time(), answer))
         if self._watch is None:
             self._watch = loop.call_later(self._timeout_s, self._look)
-        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # the stub: of one
+        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub wants a tuple of one
         return answer
 
     def _look(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from asyncio import Future
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import hiredis
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -53,7 +53,7 @@ class LineRedis(Redis):
         if line is None or not line.is_open:
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open())
-            line = await asyncio.shield(self._opening)
+            line = await asyncio.shield(self._opening)  # one who goes away must not take it from the others
         return await line.ask("MGET", *keys)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
@@ -67,10 +67,8 @@ class LineRedis(Redis):
         # redis-py knows about addresses, TLS, passwords and databases; what it has opened is taken from it.
         connection = self.connection_pool.connection_class(**self.connection_pool.connection_kwargs)
         try:
-            async with asyncio.timeout(self._timeout_s), AsyncExitStack() as undo:
-                undo.push_async_callback(connection.disconnect, nowait=True)
-                await connection.connect()  # type: ignore[no-untyped-call]  # it has no annotations
-                undo.pop_all()
+            async with asyncio.timeout(self._timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py does not annotate it
         except TimeoutError as error:
             raise RedisTimeoutError(f"no connection within {self._timeout_s} s") from error
         finally:
@@ -90,7 +88,7 @@ class _Line(asyncio.Protocol):
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._timeout_s = timeout_s
         self._waiting: deque[tuple[float, Future[object]]] = deque()  # since when, in the order in which Redis answers
-        self._watch: asyncio.TimerHandle | None = None  # for who waits longest: a timer for each costs more than its question
+        self._watch: asyncio.TimerHandle | None = None  # for who waits longest: a timer for each would cost a tenth of its question
 
     @property
     def is_open(self) -> bool:
@@ -102,7 +100,7 @@ class _Line(asyncio.Protocol):
         self._waiting.append((loop.time(), answer))
         if self._watch is None:
             self._watch = loop.call_later(self._timeout_s, self._look)
-        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub wants a tuple of one
+        self._transport.write(hiredis.pack_command(command))  # type: ignore[arg-type]  # of any length, but declared to be of one
         return answer
 
     def _look(self) -> None:

@@ -57,7 +57,7 @@ contracts: setup ## Add changed event schemas to the golden ones (refused if the
 demo: setup ## A year of flights through the whole mesh, in minutes; ends with reports/demo.html
 	$(BIN)/mojomesh demo
 
-test: setup ## Every test, on real servers: some twenty minutes
+test: setup ## The tests, on real servers: some twenty minutes
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-long: setup ## The same promises over thousands of histories, and for longer under load: hours

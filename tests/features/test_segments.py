@@ -383,10 +383,10 @@ async def test_no_two_segments_begin_at_the_same_place(
                 await segments.register(db, rival)
 
 
-async def test_a_file_of_another_store_is_not_taken_for_ours(
+async def test_a_file_of_another_store_is_not_taken_for_ours_and_keeps_no_other_set_from_being_sealed(
     sealer: Sealer, append_all: AppendAll, definitions: Definitions, owner: Database, shard: Database
 ) -> None:
-    await some_rows(append_all)
+    await append_all([make_event("flights", "F1", NOON, {"carrier": "UA"})])
     await sealer.seal(definitions)
     async with owner.begin() as db:
         await db.execute(text("TRUNCATE store.segments, store.feature_rows"))
@@ -395,6 +395,7 @@ async def test_a_file_of_another_store_is_not_taken_for_ours(
     with pytest.raises(Conflict, match="belongs to another feature store"):
         await sealer.seal(definitions)
     assert await manifest(shard, "flights") == []
+    assert [segment.n_rows for segment in await manifest(shard, "arrivals")] == [3]
 
 
 async def test_in_s3_segments_and_snapshots_are_what_they_are_in_a_folder(

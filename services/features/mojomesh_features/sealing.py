@@ -58,9 +58,10 @@ class Sealer:
 
         Raises:
             TransientError: A shard does not answer, or its writers hold their transactions open.
-            Conflict: Where a segment belongs lies a file with other rows.
+            Conflict: Where a segment belongs lies a file with other rows; all else that was due is sealed.
         """
         sealed: list[Segment] = []
+        conflicts: list[Conflict] = []
 
         async def seal_shard(shard: Shard) -> None:
             async with shard.begin() as db:
@@ -69,11 +70,17 @@ class Sealer:
             # Only now: whatever was stored was checked against a definition that had been applied.
             await definitions.caught_up()
             for feature_set in list(definitions.feature_sets.values()):
-                while segment := await self._seal_next(shard, feature_set, watermark, due, most_rows):
-                    log.info("segment_sealed", path=segment.path, n_rows=segment.n_rows)
-                    sealed.append(segment)
+                try:
+                    while segment := await self._seal_next(shard, feature_set, watermark, due, most_rows):
+                        log.info("segment_sealed", path=segment.path, n_rows=segment.n_rows)
+                        sealed.append(segment)
+                except Conflict as conflict:
+                    log.error("segment_refused", feature_set=feature_set.name, reason=str(conflict))
+                    conflicts.append(conflict)
 
         await self._feature_store.each(seal_shard)
+        if conflicts:
+            raise conflicts[0]
         return sealed
 
     async def _seal_next(self, shard: Shard, feature_set: FeatureSet, watermark: datetime, due: Due, most_rows: int) -> Segment | None:

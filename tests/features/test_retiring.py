@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from threading import Lock
 from typing import Any
 
+import duckdb
 import pytest
+from adbc_driver_postgresql import dbapi
 from redis.asyncio import Redis
 from sqlalchemy import text
 
@@ -15,6 +19,7 @@ from mojomesh_chassis.errors import TransientError
 from mojomesh_chassis.health import Health
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import EventReceived
+from mojomesh_features.known import KnownRows
 from mojomesh_features.reading import FeatureReader
 from mojomesh_features.retiring import Gone, Retired, maintain, retiring
 from mojomesh_features.sealing import Sealer
@@ -125,6 +130,50 @@ async def test_a_service_makes_partitions_and_announces_by_itself(
             await asyncio.sleep(0.02)
 
     assert len(await partitions(owner, "flights")) == 1 + 1 + retirement.MONTHS_AHEAD
+
+
+async def test_what_leaves_is_known_however_maintenance_fares(
+    feature_store: FeatureStore, owner: Database, definitions: Definitions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mojomesh_features.retiring.LOOK_S", 0.05)
+    retired = Retired()
+    async with owner.begin() as reading:
+        await reading.execute(text("LOCK TABLE store.feature_rows IN SHARE MODE"))  # no partition can be added
+        async with retiring(feature_store, definitions, retired, KEEP, Health()), asyncio.timeout(20):
+            async with owner.begin() as elsewhere:
+                await retirement.announce(elsewhere, "flights", NOW)
+            while not retired.reaches("flights", microseconds(NOW) - 1):
+                await asyncio.sleep(0.02)
+
+
+async def test_a_snapshot_misses_no_row_that_is_sealed_and_leaves_while_it_is_taken(
+    stored: list[EventReceived],
+    sealer: Sealer,
+    snapshots: Snapshots,
+    feature_store: FeatureStore,
+    definitions: Definitions,
+    model: Model,
+    owner: Database,
+) -> None:
+    at = await feature_store.pass_snapshot()
+    before = await take(snapshots, model, definitions, at)
+    await maintain(feature_store, SETS, KEEP, NO_GRACE)
+    loop, left = asyncio.get_running_loop(), Lock()
+
+    async def leave() -> None:
+        await sealer.seal(definitions)
+        with suppress(TransientError):  # a partition in use stays
+            await maintain(feature_store, SETS, KEEP, NO_GRACE)
+
+    class Late(KnownRows):
+        def _read_after(self, sealed: datetime | None, cursor: dbapi.Cursor, db: duckdb.DuckDBPyConnection) -> None:
+            with left:  # feature sets are read side by side
+                asyncio.run_coroutine_threadsafe(leave(), loop).result()
+            super()._read_after(sealed, cursor, db)
+
+    snapshots.rows = Late
+    assert await take(snapshots, model, definitions, at) == before
+    assert await count(owner, "store.segments") > 0
 
 
 async def test_retired_rows_are_gone_and_no_snapshot_notices(

@@ -105,7 +105,8 @@ class KnownRows:
             with _ONE_CLONE:
                 own = shard.adbc_clone()
             with own, closing(own.cursor()) as cursor:
-                # One transaction: no partition leaves the table between our look at the manifest and our reading of the tail.
+                # One view of the manifest and of the tail: no row leaves the one for the other between our looks at them, and no partition.
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
                 cursor.execute("LOCK TABLE store.feature_rows IN ACCESS SHARE MODE")
                 segments = self._sealed(cursor)
                 self.segments += [segment for segment in segments if segment.follows is None or segment.follows < self._snapshot_time]

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -107,16 +107,31 @@ async def retiring(
         await retired.look(feature_store)
     except ShardAway as error:  # the others know the same: a time is announced on all shards in one round
         log.warning("shard_away", reason=str(error))
-    async with health.beside("partitions", _keep_retiring(feature_store, definitions, retired, keep), "partition maintenance"):
+    async with AsyncExitStack() as stack:
+        # Apart from each other: however maintenance fares, and whichever replica takes rows out, this process must hear of it in time.
+        await stack.enter_async_context(health.beside("retired", _keep_looking(feature_store, retired), "looking at what leaves"))
+        if keep is not None:
+            work = _keep_maintaining(feature_store, definitions, keep)
+            await stack.enter_async_context(health.beside("partitions", work, "partition maintenance"))
         yield
 
 
-async def _keep_retiring(feature_store: FeatureStore, definitions: Definitions, retired: Retired, keep: timedelta | None) -> None:
+async def _keep_looking(feature_store: FeatureStore, retired: Retired) -> None:
     while True:
         try:
-            if keep is not None and (gone := await maintain(feature_store, list(definitions.feature_sets), keep)):
-                log.info("rows_retired", n_rows=gone)
             await retired.look(feature_store)
+            pause_s = LOOK_S
+        except TransientError as error:
+            log.warning("retired_unknown", reason=repr(error))
+            pause_s = PATIENCE_S  # a shard that was away for long may be back any moment, and have less than it had
+        await asyncio.sleep(pause_s)
+
+
+async def _keep_maintaining(feature_store: FeatureStore, definitions: Definitions, keep: timedelta) -> None:
+    while True:
+        try:
+            if gone := await maintain(feature_store, list(definitions.feature_sets), keep):
+                log.info("rows_retired", n_rows=gone)
         except TransientError as error:
             log.warning("partitions_wait", reason=repr(error))
         await asyncio.sleep(LOOK_S)

@@ -74,6 +74,8 @@ async def on_events_received(
 @router.work(EventParked, batch=5_000, apart=True)
 async def on_events_parked(events: list[EventParked], feature_store: FeatureStore, definitions: Definitions) -> list[Event | EncodedEvent]:
     """Store what waited for its shard, in the order in which it came; it waits on while the shard is away."""
+    if any(parked.event.feature_set not in definitions.feature_sets for parked in events):
+        await definitions.caught_up()  # another process knew it when it parked the event
     async with asyncio.timeout(MOST_PATIENCE_S):
         n_placed, parts = feature_store.n_placed, feature_store.split(parked.event for parked in events)
         stored = [await _store(feature_store, n_placed, shard, part, definitions.feature_sets) for shard, part in parts]

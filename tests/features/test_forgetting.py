@@ -38,7 +38,7 @@ from mojomesh_store.online import OnlineStore, microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
 from mojomesh_store.vectors import plan_of
-from tests.features.making import NOON, AppendAll, make_block, make_event, make_predictions
+from tests.features.making import NOON, AppendAll, make_block, make_event, make_predictions, make_promotion
 
 WHO = "somebody-known"
 HOUR = timedelta(hours=1)
@@ -218,15 +218,41 @@ async def test_what_comes_again_is_not_stored_again_and_what_is_new_is(
     assert await append_all(own) == []
     async with owner.begin() as db:
         await tables.save_predictions(db, [history.block])
+        await tables.count_predictions(db, make_promotion(), [history.block])
         assert await tables.prediction_of(db, history.block.predictions[0].prediction_id) is not None
     new = make_event("flights", WHO, NOON, {"distance": 1})
     assert [row.event_id for row in await append_all([new])] == [new.event_id]
     async with owner.begin() as db:
-        assert not (await db.execute(text(f"SELECT 1 FROM features.predictions AS t WHERE t::text LIKE '%{WHO}%'"))).first()
+        for table in ("predictions", "counted"):
+            assert not (await db.execute(text(f"SELECT 1 FROM features.{table} AS t WHERE t::text LIKE '%{WHO}%'"))).first()
+    await forget_all(places, definitions)
 
+    async with owner.begin() as db:
         # The control: without the ids that stay, all would come back.
         await db.execute(text("TRUNCATE store.retired_events"))
     assert len(await append_all(own)) == len(own)
+
+
+async def test_who_was_counted_again_after_being_forgotten_can_be_forgotten_again(
+    history: History,
+    definitions: Definitions,
+    model: Model,
+    reader: FeatureReader,
+    places: Places,
+    owner: Database,
+    redis: Redis,
+    objects: Objects,
+) -> None:
+    await history.make(definitions, model, reader)
+    await forget_all(places, definitions)
+    (forgotten, *_) = history.block.predictions
+    again = "INSERT INTO features.counted VALUES ('delay', :who, :event_time, 1, 100, :prediction_id)"
+    async with owner.begin() as db:  # as it was before forgotten predictions were left out
+        await db.execute(text(again), {"who": WHO, "event_time": forgotten.event_time, "prediction_id": forgotten.prediction_id})
+
+    await forget_all(places, definitions)
+
+    assert await traces(owner, redis, objects) == set()
 
 
 async def test_a_load_that_was_on_its_way_is_not_kept(

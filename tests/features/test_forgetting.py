@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,48 @@ async def test_a_snapshot_says_that_it_has_been_affected(
     assert await affected(await places.feature_store.pass_snapshot()) == []
 
 
+class Held(Objects):
+    """An object store that replaces no segment until it is let go."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def put(self, key: str, content: bytes | Path) -> None:
+        self.asked.set()
+        await self.let_go.wait()
+        await super().put(key, content)
+
+
+async def test_a_snapshot_taken_while_somebody_is_being_forgotten_says_so(
+    history: History,
+    definitions: Definitions,
+    model: Model,
+    reader: FeatureReader,
+    places: Places,
+    snapshots: Snapshots,
+    mesh_env: dict[str, str],
+) -> None:
+    await history.make(definitions, model, reader)
+    held = Held(mesh_env["MOJOMESH_OBJECTS"])
+
+    async def take(at: datetime) -> SnapshotTaken:
+        return await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), at)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(forget(replace(places, objects=held), definitions, WHO, ["flights"]))
+        await held.asked.wait()
+        at = await places.feature_store.pass_snapshot()
+        during = await take(at)
+        held.let_go.set()
+    again = await take(at)
+
+    assert again.digest != during.digest
+    (erased_at,), (told_meanwhile,) = again.erasures, during.erasures
+    assert at <= told_meanwhile <= erased_at
+    assert (await take(await places.feature_store.pass_snapshot())).erasures == []
+
+
 async def test_what_comes_again_is_not_stored_again_and_what_is_new_is(
     history: History, definitions: Definitions, model: Model, reader: FeatureReader, places: Places, owner: Database, append_all: AppendAll
 ) -> None:
@@ -330,16 +373,21 @@ async def test_killed_anywhere_the_next_call_finishes_it(
     )
     assert await child.wait() == -signal.SIGKILL
     assert await traces(owner, redis, objects) > {"snapshots/delay", "features.predictions"}  # the control: it was not done
+    plan = plan_of(model, definitions)
+    meanwhile = await places.feature_store.pass_snapshot()
+    assert await snapshots.erasures(plan, meanwhile) != []
 
     await forget_all(places, definitions)
 
+    assert await snapshots.erasures(plan, meanwhile) != []
+    assert await snapshots.erasures(plan, await places.feature_store.pass_snapshot()) == []
     assert await traces(owner, redis, objects) == set()
     async with owner.begin() as db:
         named = {segment.path: segment for name in definitions.feature_sets for segment in await segments.segments_of(db, name)}
     for path, segment in named.items():
         with duckdb.connect() as files:
             assert files.execute(f"SELECT count(*), sum(seq)::BIGINT FROM '{objects.path_of(path)}'").fetchone() == segment[5:8:2]
-    again = await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), taken.snapshot_time)
+    again = await snapshots.take(plan, label_of(model.label, definitions), taken.snapshot_time)
     assert again.erasures
     assert again.n_rows == 10
 

@@ -39,7 +39,7 @@ from mojomesh_store.online import OnlineStore, microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
 from mojomesh_store.vectors import plan_of
-from tests.features.making import NOON, AppendAll, make_block, make_event, make_predictions, make_promotion
+from tests.features.making import NOON, Append, AppendAll, make_block, make_event, make_predictions, make_promotion
 
 WHO = "somebody-known"
 HOUR = timedelta(hours=1)
@@ -296,6 +296,25 @@ async def test_who_was_counted_again_after_being_forgotten_can_be_forgotten_agai
     await forget_all(places, definitions)
 
     assert await traces(owner, redis, objects) == set()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+async def test_after_a_file_that_held_nobody_else_sealing_goes_on(
+    registered: bool, append: Append, sealer: Sealer, definitions: Definitions, places: Places, owner: Database, objects: Objects
+) -> None:
+    await append("flights", WHO)
+    (before,) = await sealer.seal(definitions)
+    if not registered:  # as a sealer leaves it that is killed before
+        async with owner.begin() as db:
+            await db.execute(text("TRUNCATE store.segments"))
+
+    await forget_all(places, definitions)
+    assert await objects.exists(before.path) == registered  # what the manifest names must be there
+
+    row = await append("flights", "F1")
+    (sealed,) = await sealer.seal(definitions)
+    assert (sealed.path == before.path) != registered
+    assert (sealed.n_rows, sealed.sum_of_seqs) == (1, row.seq)
 
 
 async def test_a_load_that_was_on_its_way_is_not_kept(

@@ -91,7 +91,10 @@ class Eraser:
         return min(times, default=None)
 
     async def _rewrite_all(self, shards: list[AsyncSession], feature_set: str, entity_id: str, folder: Path) -> int:
-        """Write segments without the entity, in their places, a file that no manifest names as well; how many."""
+        """Write segments without the entity, in their places, a file that no manifest names as well; how many.
+
+        Of such a file that held nobody else nothing is left: a sealer would find no rows in it to register.
+        """
         manifest = {segment.path: (db, segment) for db in shards for segment in await segments.segments_of(db, feature_set)}
         written = 0
         for path in await self._objects.list(f"segments/{feature_set}"):
@@ -105,6 +108,8 @@ class Eraser:
                 fault("store.segment_erased")
             if path in manifest:
                 await _correct(*manifest[path], file)
+            elif await asyncio.to_thread(n_rows_of, file) == 0:
+                await self._objects.delete(path)
         return written
 
     def _config(self, folder: Path) -> Config:

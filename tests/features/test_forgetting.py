@@ -47,9 +47,9 @@ TABLES = ("store.feature_rows", "store.moved", "features.predictions", "features
 
 
 @pytest.fixture
-async def places(postgres: Any, online: OnlineStore, objects: Objects) -> AsyncIterator[Places]:
+async def places(postgres: Any, online: OnlineStore, objects: Objects, tmp_path: Path) -> AsyncIterator[Places]:
     async with open_feature_store([postgres.owner_url]) as store:
-        yield Places(store, online, objects)
+        yield Places(store, online, objects, tmp_path / "work")
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ async def test_who_was_counted_again_after_being_forgotten_can_be_forgotten_agai
 async def test_after_a_file_that_held_nobody_else_sealing_goes_on(
     registered: bool, append: Append, sealer: Sealer, definitions: Definitions, places: Places, owner: Database, objects: Objects
 ) -> None:
-    await append("flights", WHO)
+    await append("flights", WHO, distance=1)
     (before,) = await sealer.seal(definitions)
     if not registered:  # as a sealer leaves it that is killed before
         async with owner.begin() as db:
@@ -311,7 +311,7 @@ async def test_after_a_file_that_held_nobody_else_sealing_goes_on(
     await forget_all(places, definitions)
     assert await objects.exists(before.path) == registered  # what the manifest names must be there
 
-    row = await append("flights", "F1")
+    row = await append("flights", "F1", distance=1)
     (sealed,) = await sealer.seal(definitions)
     assert (sealed.path == before.path) != registered
     assert (sealed.n_rows, sealed.sum_of_seqs) == (1, row.seq)
@@ -358,7 +358,8 @@ definitions = Definitions(*parse_definitions(DEFINITIONS))
 
 async def main():
     async with open_feature_store([owner]) as store, open_redis(redis) as client:
-        await forget(Places(store, OnlineStore(client), open_objects(objects)), definitions, who, list(definitions.feature_sets))
+        places = Places(store, OnlineStore(client), open_objects(objects), Path(folder) / "work")
+        await forget(places, definitions, who, list(definitions.feature_sets))
 
 asyncio.run(main())
 """
@@ -395,9 +396,11 @@ async def test_killed_anywhere_the_next_call_finishes_it(
     plan = plan_of(model, definitions)
     meanwhile = await places.feature_store.pass_snapshot()
     assert await snapshots.erasures(plan, meanwhile) != []
+    assert len(list(places.work_folder.iterdir())) == 1
 
     await forget_all(places, definitions)
 
+    assert list(places.work_folder.iterdir()) == []
     assert await snapshots.erasures(plan, meanwhile) != []
     assert await snapshots.erasures(plan, await places.feature_store.pass_snapshot()) == []
     assert await traces(owner, redis, objects) == set()
@@ -433,7 +436,8 @@ async def test_the_command_asks_and_forgets(
         applied = {"definition_id": definition_id(document), "version": 1, "definition": document.model_dump(mode="json")}
         await records.publish(DefinitionApplied(event_id=uuid4(), **applied))
     own = {"MOJOMESH_KAFKA": kafka, "MOJOMESH_REDIS": redis_url, "MOJOMESH_POSTGRES_OWNER": postgres.owner_url}
-    for name, value in (mesh_env | own | {"MOJOMESH_STATE": str(tmp_path / "state")}).items():
+    folders = {"MOJOMESH_STATE": str(tmp_path / "state"), "FEATURES_WORK_FOLDER": str(tmp_path / "work")}
+    for name, value in (mesh_env | own | folders).items():
         monkeypatch.setenv(name, value)
 
     refused = await asyncio.to_thread(CliRunner().invoke, app, ["store", "forget", WHO], "n\n")

@@ -1,6 +1,5 @@
 """Forgetting an entity everywhere: each package erases what is its own, here they take turns."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.objects import Objects
 from mojomesh_features import tables
 from mojomesh_features.erasing import Eraser
+from mojomesh_features.work_folder import open_work_folder
 from mojomesh_ingest import quarantine
 from mojomesh_store import erasure
 from mojomesh_store.online import OnlineStore
@@ -30,11 +30,12 @@ class Forgotten:
 
 @dataclass(frozen=True)
 class Places:
-    """Where entities are known: the feature store opened with the owner's URLs, Redis, the object store."""
+    """Where entities are known: the feature store opened with the owner's URLs, Redis, the object store, what features is at."""
 
     feature_store: FeatureStore
     online: OnlineStore
     objects: Objects
+    work_folder: Path
 
 
 async def forget(places: Places, definitions: Definitions, entity_id: str, feature_sets: Sequence[str]) -> Forgotten:
@@ -58,8 +59,8 @@ async def forget(places: Places, definitions: Definitions, entity_id: str, featu
             await erasure.forget_events(db, held)
     async with own.begin() as db:
         forgotten.held_events = await quarantine.forget(db, entity_id, feature_sets)
-    with tempfile.TemporaryDirectory(prefix="mojomesh-") as folder:
-        eraser = Eraser(places.feature_store, places.objects, Path(folder), MEMORY_LIMIT)
+    with open_work_folder(places.work_folder) as folder:
+        eraser = Eraser(places.feature_store, places.objects, folder, MEMORY_LIMIT)
         for feature_set in feature_sets:
             forgotten.rows[feature_set], n_segments = await eraser.forget(feature_set, entity_id)
             forgotten.segments += n_segments

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,13 +48,21 @@ def forget(
         list[str] | None, typer.Option("--feature-set", help="Only as an entity of this feature set; may be repeated. By default of all.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    work_folder: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FEATURES_WORK_FOLDER",
+            help="That of features on this machine: what killed processes left there goes too.",
+            show_default="where it is by default",
+        ),
+    ] = None,
     state: State = DEFAULT_STATE,
     as_json: AsJson = False,
 ) -> None:
     """Erase an entity for ever: its rows, from segments and Redis too, its predictions, and snapshots that hold it."""
     if not yes:
         typer.confirm(f"Erase all that is known of '{entity_id}'? Nobody can bring it back.", abort=True)
-    erased = asyncio.run(_forget(mesh_env(state), entity_id, feature_sets))
+    erased = asyncio.run(_forget(mesh_env(state), entity_id, feature_sets, work_folder))
     if as_json:
         print_json(erased)
         return
@@ -82,12 +91,13 @@ async def _rebalance(env: dict[str, str]) -> Rebalanced:
         return await rebalancing.rebalance(feature_store)
 
 
-async def _forget(env: dict[str, str], entity_id: str, feature_sets: list[str] | None) -> dict[str, Any]:
+async def _forget(env: dict[str, str], entity_id: str, feature_sets: list[str] | None, work_folder: Path | None) -> dict[str, Any]:
     from mojomesh_cli.forgetting import Places, forget  # here: what it brings takes a second to import
+    from mojomesh_features.work_folder import WORK_FOLDER
 
     definitions = await read_definitions(need(env, "MOJOMESH_KAFKA"))
     named = [definitions.feature_set(name).name for name in feature_sets or definitions.feature_sets]
     owners = need(env, "MOJOMESH_POSTGRES_OWNER").split(",")
     async with open_feature_store(owners) as feature_store, open_redis(need(env, "MOJOMESH_REDIS"), timeout_s=5) as redis:
-        places = Places(feature_store, OnlineStore(redis), open_objects(need(env, "MOJOMESH_OBJECTS")))
+        places = Places(feature_store, OnlineStore(redis), open_objects(need(env, "MOJOMESH_OBJECTS")), work_folder or WORK_FOLDER)
         return asdict(await forget(places, definitions, entity_id, named))

@@ -23,11 +23,25 @@ async def known_from(db: AsyncSession, feature_set: str, entity_id: str) -> date
     return time
 
 
-async def record(db: AsyncSession, feature_set: str, known_from: datetime, erased_at: datetime) -> None:
-    """Say for ever that snapshots of [known_from, erased_at] are not what they were."""
+async def wait_turn(db: AsyncSession, feature_set: str) -> None:
+    """Be the one who erases rows of the feature set, until this transaction ends: nobody else records the end of it."""
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('mojomesh.erase/' || :feature_set, 0))")
+    await db.execute(lock, {"feature_set": feature_set})
+
+
+async def record_begin(db: AsyncSession, feature_set: str, known_from: datetime) -> None:
+    """Say for ever that snapshots of `known_from` and later are not what they were, until `record_end` says up to when."""
     await db.execute(
-        text("INSERT INTO store.erasures (feature_set, known_from, erased_at) VALUES (:set, :known_from, :erased_at)"),
-        {"set": feature_set, "known_from": known_from, "erased_at": erased_at},
+        text("INSERT INTO store.erasures (feature_set, known_from, erased_at) VALUES (:set, :known_from, 'infinity')"),
+        {"set": feature_set, "known_from": known_from},
+    )
+
+
+async def record_end(db: AsyncSession, feature_set: str, erased_at: datetime) -> None:
+    """Say that snapshots later than `erased_at` stay what they are, after whatever erasures have begun."""
+    await db.execute(
+        text("UPDATE store.erasures SET erased_at = :erased_at WHERE feature_set = :set AND erased_at = 'infinity'"),
+        {"set": feature_set, "erased_at": erased_at},
     )
 
 
@@ -75,10 +89,10 @@ async def forget_events(db: AsyncSession, keys: Sequence[RowId]) -> None:
 
 
 async def erasures(db: AsyncSession, feature_sets: Collection[str], snapshot_time: datetime) -> set[datetime]:
-    """When rows of these feature sets were erased that had been known at `snapshot_time`, on this shard."""
+    """When rows of these feature sets were erased that had been known at `snapshot_time`, on this shard; now, if they still are being."""
     found = await db.scalars(
         text("""
-            SELECT DISTINCT erased_at FROM store.erasures
+            SELECT DISTINCT CASE WHEN erased_at = 'infinity' THEN now() ELSE erased_at END FROM store.erasures
             WHERE feature_set = ANY(:sets) AND known_from <= :time AND erased_at >= :time
         """),
         {"sets": list(feature_sets), "time": snapshot_time},

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from mojomesh_store.online import OnlineStore, microseconds
 from mojomesh_store.shards import FeatureStore, open_feature_store
 from mojomesh_store.tables import FeatureRow
 from mojomesh_store.vectors import plan_of
-from tests.features.making import NOON, AppendAll, make_block, make_event, make_predictions
+from tests.features.making import NOON, Append, AppendAll, make_block, make_event, make_predictions, make_promotion
 
 WHO = "somebody-known"
 HOUR = timedelta(hours=1)
@@ -46,9 +47,9 @@ TABLES = ("store.feature_rows", "store.moved", "features.predictions", "features
 
 
 @pytest.fixture
-async def places(postgres: Any, online: OnlineStore, objects: Objects) -> AsyncIterator[Places]:
+async def places(postgres: Any, online: OnlineStore, objects: Objects, tmp_path: Path) -> AsyncIterator[Places]:
     async with open_feature_store([postgres.owner_url]) as store:
-        yield Places(store, online, objects)
+        yield Places(store, online, objects, tmp_path / "work")
 
 
 @pytest.fixture
@@ -208,6 +209,48 @@ async def test_a_snapshot_says_that_it_has_been_affected(
     assert await affected(await places.feature_store.pass_snapshot()) == []
 
 
+class Held(Objects):
+    """An object store that replaces no segment until it is let go."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def put(self, key: str, content: bytes | Path) -> None:
+        self.asked.set()
+        await self.let_go.wait()
+        await super().put(key, content)
+
+
+async def test_a_snapshot_taken_while_somebody_is_being_forgotten_says_so(
+    history: History,
+    definitions: Definitions,
+    model: Model,
+    reader: FeatureReader,
+    places: Places,
+    snapshots: Snapshots,
+    mesh_env: dict[str, str],
+) -> None:
+    await history.make(definitions, model, reader)
+    held = Held(mesh_env["MOJOMESH_OBJECTS"])
+
+    async def take(at: datetime) -> SnapshotTaken:
+        return await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), at)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(forget(replace(places, objects=held), definitions, WHO, ["flights"]))
+        await held.asked.wait()
+        at = await places.feature_store.pass_snapshot()
+        during = await take(at)
+        held.let_go.set()
+    again = await take(at)
+
+    assert again.digest != during.digest
+    (erased_at,), (told_meanwhile,) = again.erasures, during.erasures
+    assert at <= told_meanwhile <= erased_at
+    assert (await take(await places.feature_store.pass_snapshot())).erasures == []
+
+
 async def test_what_comes_again_is_not_stored_again_and_what_is_new_is(
     history: History, definitions: Definitions, model: Model, reader: FeatureReader, places: Places, owner: Database, append_all: AppendAll
 ) -> None:
@@ -218,15 +261,60 @@ async def test_what_comes_again_is_not_stored_again_and_what_is_new_is(
     assert await append_all(own) == []
     async with owner.begin() as db:
         await tables.save_predictions(db, [history.block])
+        await tables.count_predictions(db, make_promotion(), [history.block])
         assert await tables.prediction_of(db, history.block.predictions[0].prediction_id) is not None
     new = make_event("flights", WHO, NOON, {"distance": 1})
     assert [row.event_id for row in await append_all([new])] == [new.event_id]
     async with owner.begin() as db:
-        assert not (await db.execute(text(f"SELECT 1 FROM features.predictions AS t WHERE t::text LIKE '%{WHO}%'"))).first()
+        for table in ("predictions", "counted"):
+            assert not (await db.execute(text(f"SELECT 1 FROM features.{table} AS t WHERE t::text LIKE '%{WHO}%'"))).first()
+    await forget_all(places, definitions)
 
+    async with owner.begin() as db:
         # The control: without the ids that stay, all would come back.
         await db.execute(text("TRUNCATE store.retired_events"))
     assert len(await append_all(own)) == len(own)
+
+
+async def test_who_was_counted_again_after_being_forgotten_can_be_forgotten_again(
+    history: History,
+    definitions: Definitions,
+    model: Model,
+    reader: FeatureReader,
+    places: Places,
+    owner: Database,
+    redis: Redis,
+    objects: Objects,
+) -> None:
+    await history.make(definitions, model, reader)
+    await forget_all(places, definitions)
+    (forgotten, *_) = history.block.predictions
+    again = "INSERT INTO features.counted VALUES ('delay', :who, :event_time, 1, 100, :prediction_id)"
+    async with owner.begin() as db:  # as it was before forgotten predictions were left out
+        await db.execute(text(again), {"who": WHO, "event_time": forgotten.event_time, "prediction_id": forgotten.prediction_id})
+
+    await forget_all(places, definitions)
+
+    assert await traces(owner, redis, objects) == set()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+async def test_after_a_file_that_held_nobody_else_sealing_goes_on(
+    registered: bool, append: Append, sealer: Sealer, definitions: Definitions, places: Places, owner: Database, objects: Objects
+) -> None:
+    await append("flights", WHO, distance=1)
+    (before,) = await sealer.seal(definitions)
+    if not registered:  # as a sealer leaves it that is killed before
+        async with owner.begin() as db:
+            await db.execute(text("TRUNCATE store.segments"))
+
+    await forget_all(places, definitions)
+    assert await objects.exists(before.path) == registered  # what the manifest names must be there
+
+    row = await append("flights", "F1", distance=1)
+    (sealed,) = await sealer.seal(definitions)
+    assert (sealed.path == before.path) != registered
+    assert (sealed.n_rows, sealed.sum_of_seqs) == (1, row.seq)
 
 
 async def test_a_load_that_was_on_its_way_is_not_kept(
@@ -270,7 +358,8 @@ definitions = Definitions(*parse_definitions(DEFINITIONS))
 
 async def main():
     async with open_feature_store([owner]) as store, open_redis(redis) as client:
-        await forget(Places(store, OnlineStore(client), open_objects(objects)), definitions, who, list(definitions.feature_sets))
+        places = Places(store, OnlineStore(client), open_objects(objects), Path(folder) / "work")
+        await forget(places, definitions, who, list(definitions.feature_sets))
 
 asyncio.run(main())
 """
@@ -304,16 +393,23 @@ async def test_killed_anywhere_the_next_call_finishes_it(
     )
     assert await child.wait() == -signal.SIGKILL
     assert await traces(owner, redis, objects) > {"snapshots/delay", "features.predictions"}  # the control: it was not done
+    plan = plan_of(model, definitions)
+    meanwhile = await places.feature_store.pass_snapshot()
+    assert await snapshots.erasures(plan, meanwhile) != []
+    assert len(list(places.work_folder.iterdir())) == 1
 
     await forget_all(places, definitions)
 
+    assert list(places.work_folder.iterdir()) == []
+    assert await snapshots.erasures(plan, meanwhile) != []
+    assert await snapshots.erasures(plan, await places.feature_store.pass_snapshot()) == []
     assert await traces(owner, redis, objects) == set()
     async with owner.begin() as db:
         named = {segment.path: segment for name in definitions.feature_sets for segment in await segments.segments_of(db, name)}
     for path, segment in named.items():
         with duckdb.connect() as files:
             assert files.execute(f"SELECT count(*), sum(seq)::BIGINT FROM '{objects.path_of(path)}'").fetchone() == segment[5:8:2]
-    again = await snapshots.take(plan_of(model, definitions), label_of(model.label, definitions), taken.snapshot_time)
+    again = await snapshots.take(plan, label_of(model.label, definitions), taken.snapshot_time)
     assert again.erasures
     assert again.n_rows == 10
 
@@ -340,7 +436,8 @@ async def test_the_command_asks_and_forgets(
         applied = {"definition_id": definition_id(document), "version": 1, "definition": document.model_dump(mode="json")}
         await records.publish(DefinitionApplied(event_id=uuid4(), **applied))
     own = {"MOJOMESH_KAFKA": kafka, "MOJOMESH_REDIS": redis_url, "MOJOMESH_POSTGRES_OWNER": postgres.owner_url}
-    for name, value in (mesh_env | own | {"MOJOMESH_STATE": str(tmp_path / "state")}).items():
+    folders = {"MOJOMESH_STATE": str(tmp_path / "state"), "FEATURES_WORK_FOLDER": str(tmp_path / "work")}
+    for name, value in (mesh_env | own | folders).items():
         monkeypatch.setenv(name, value)
 
     refused = await asyncio.to_thread(CliRunner().invoke, app, ["store", "forget", WHO], "n\n")

@@ -150,6 +150,12 @@ class Service:
             self._child.terminate()
             await self.died()
 
+    async def seal(self) -> None:
+        """Seal what is known now."""
+        token = {"Authorization": f"Bearer {self.settings.token}"}
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            (await client.post(self.url + "/v1/segments:seal", headers=token)).raise_for_status()
+
     async def get(self, path: str) -> Any:
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             reply = await client.get(self.url + path)
@@ -307,3 +313,17 @@ async def test_what_is_due_is_sealed_by_itself(service: Service, append: Append,
 
     assert [(segment.n_rows, segment.sum_of_seqs) for segment in found] == [(1, row.seq)]
     assert await objects.list("segments") == [found[0].path]
+
+
+async def test_what_a_killed_process_was_at_is_removed_when_it_starts_again(service: Service, append: Append, tmp_path: Path) -> None:
+    await append("flights", "UA1545", distance=1400)
+    (service.faults / "features.before_upload").touch()
+    with pytest.raises(httpx.TransportError):
+        await service.seal()
+    assert await service.died() == -9
+    assert len(list((tmp_path / "work").rglob("*.parquet"))) == 1
+
+    await service.start()
+
+    assert list((tmp_path / "work").rglob("*.parquet")) == []
+    await service.seal()

@@ -26,6 +26,7 @@ from mojomesh_features.settings import FeaturesSettings
 from mojomesh_features.short_answers import ShortAnswers
 from mojomesh_features.skew import SkewMonitor, watching_skew
 from mojomesh_features.snapshots import Snapshots
+from mojomesh_features.work_folder import open_work_folder
 from mojomesh_store.online import OnlineStore
 from mojomesh_store.shards import open_feature_store
 
@@ -37,6 +38,7 @@ def build(settings: FeaturesSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         async with AsyncExitStack() as stack:
+            work_folder = stack.enter_context(open_work_folder(settings.work_folder))
             feature_store = await stack.enter_async_context(open_feature_store(settings.postgres_urls))
             database = feature_store.shards[0]  # holds the services' own tables too
             online = OnlineStore(await stack.enter_async_context(open_redis(settings.redis)))
@@ -47,8 +49,8 @@ def build(settings: FeaturesSettings) -> FastAPI:
             health.add("shards", feature_store.ping)
             health.add("objects", objects.ping)
             definitions = Definitions()
-            snapshots = Snapshots(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
-            champions, bundles = Champions(), ChampionBundles(objects, settings.work_folder / "bundles", settings.public_key)
+            snapshots = Snapshots(feature_store, settings.postgres_urls, objects, work_folder, settings.memory_limit)
+            champions, bundles = Champions(), ChampionBundles(objects, work_folder / "bundles", settings.public_key)
             await stack.enter_async_context(
                 consuming(
                     handlers.router,
@@ -62,7 +64,7 @@ def build(settings: FeaturesSettings) -> FastAPI:
                     bundles=bundles,
                 )
             )
-            sealer = Sealer(feature_store, settings.postgres_urls, objects, settings.work_folder, settings.memory_limit)
+            sealer = Sealer(feature_store, settings.postgres_urls, objects, work_folder, settings.memory_limit)
             due = Due(settings.seal_rows, settings.seal_age)
             await stack.enter_async_context(sealing(sealer, definitions, due, health))
             await stack.enter_async_context(retiring(feature_store, definitions, retired := Retired(), settings.keep, health))

@@ -36,23 +36,21 @@ class Eraser:
         Raises:
             TransientError: A shard does not answer, or its writers hold their transactions open.
         """
-        until = await self._feature_store.pass_snapshot()  # who writes of it now has written
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix="erasure-") as name:
-            folder = Path(name)
-            if (known_from := await self._known_from(feature_set, entity_id, folder)) is not None:
-                async with self._feature_store.shards[0].begin() as db:
-                    await erasure.record(db, feature_set, known_from, until)
-            fault("store.erasure_recorded")
-            async with AsyncExitStack() as stack:
-                shards = [await stack.enter_async_context(shard.begin()) for shard in self._feature_store.shards]
-                for db in shards:
-                    await retirement.wait_turn(db)
-                    await segments.wait_turn(db, feature_set)
-                n_rows = sum([await erasure.forget_rows(db, feature_set, entity_id) for db in shards])
-                n_segments = await self._rewrite_all(shards, feature_set, entity_id, folder)
-                fault("store.before_erasure")
-        fault("store.after_erasure")
-        return n_rows, n_segments
+        own = self._feature_store.shards[0]
+        async with own.begin() as turn:
+            await erasure.wait_turn(turn, feature_set)
+            await self._feature_store.pass_snapshot()  # who writes of it now has written
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix="erasure-") as name:
+                folder = Path(name)
+                if (known_from := await self._known_from(feature_set, entity_id, folder)) is not None:
+                    async with own.begin() as db:
+                        await erasure.record_begin(db, feature_set, known_from)
+                fault("store.erasure_recorded")
+                erased = await self._erase(feature_set, entity_id, folder)
+            fault("store.after_erasure")
+            # Every snapshot that saw some of it is of an earlier time. What an erasure began that was killed has ended too.
+            await erasure.record_end(turn, feature_set, await self._feature_store.pass_snapshot())
+        return erased
 
     async def forget_snapshots(self, entity_id: str, joined_by: Collection[str]) -> int:
         """Remove the snapshots with the entity among their rows, and all of the models `joined_by`, which do not show it; how many.
@@ -70,6 +68,17 @@ class Eraser:
                 gone += 1
         return gone
 
+    async def _erase(self, feature_set: str, entity_id: str, folder: Path) -> tuple[int, int]:
+        async with AsyncExitStack() as stack:
+            shards = [await stack.enter_async_context(shard.begin()) for shard in self._feature_store.shards]
+            for db in shards:
+                await retirement.wait_turn(db)
+                await segments.wait_turn(db, feature_set)
+            n_rows = sum([await erasure.forget_rows(db, feature_set, entity_id) for db in shards])
+            n_segments = await self._rewrite_all(shards, feature_set, entity_id, folder)
+            fault("store.before_erasure")
+        return n_rows, n_segments
+
     async def _known_from(self, feature_set: str, entity_id: str, folder: Path) -> datetime | None:
         times: list[datetime] = []
         for shard in self._feature_store.shards:
@@ -82,7 +91,10 @@ class Eraser:
         return min(times, default=None)
 
     async def _rewrite_all(self, shards: list[AsyncSession], feature_set: str, entity_id: str, folder: Path) -> int:
-        """Write segments without the entity, in their places, a file that no manifest names as well; how many."""
+        """Write segments without the entity, in their places, a file that no manifest names as well; how many.
+
+        Of such a file that held nobody else nothing is left: a sealer would find no rows in it to register.
+        """
         manifest = {segment.path: (db, segment) for db in shards for segment in await segments.segments_of(db, feature_set)}
         written = 0
         for path in await self._objects.list(f"segments/{feature_set}"):
@@ -96,6 +108,8 @@ class Eraser:
                 fault("store.segment_erased")
             if path in manifest:
                 await _correct(*manifest[path], file)
+            elif await asyncio.to_thread(n_rows_of, file) == 0:
+                await self._objects.delete(path)
         return written
 
     def _config(self, folder: Path) -> Config:

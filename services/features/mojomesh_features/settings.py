@@ -2,13 +2,13 @@
 
 from datetime import timedelta
 from pathlib import Path
-from tempfile import gettempdir
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from mojomesh_chassis.settings import MeshSettings
 from mojomesh_contracts.definitions import Duration
+from mojomesh_features.work_folder import WORK_FOLDER
 
 
 class FeaturesSettings(MeshSettings):
@@ -17,9 +17,7 @@ class FeaturesSettings(MeshSettings):
     model_config = SettingsConfigDict(env_prefix="FEATURES_", frozen=True)
 
     public_key: Path = Field(validation_alias="MOJOMESH_PUBLIC_KEY")
-    work_folder: Path = Field(
-        default=Path(gettempdir()) / "mojomesh-features", description="Where snapshots are built and bundles unpacked; may be lost"
-    )
+    work_folder: Path = Field(default=WORK_FOLDER, description="Where snapshots are built and bundles unpacked; not NFS, may be lost")
     memory_limit: str = Field(default="2GB", description="DuckDB's, for one snapshot or segment; beyond it spills into the work folder")
     seal_rows: int = Field(default=1_000_000, ge=1, description="A feature set with so many unsealed rows is sealed")
     seal_age: Duration = Field(default=timedelta(days=1), description="And one with an unsealed row of this age")

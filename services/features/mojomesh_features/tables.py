@@ -50,6 +50,9 @@ _COUNT = text("""
         SELECT DISTINCT ON (entity_id, event_time) *
         FROM unnest(CAST(:entity_ids AS text[]), CAST(:event_times AS timestamptz[]), CAST(:prediction_ids AS uuid[]))
             WITH ORDINALITY AS made (entity_id, event_time, prediction_id, n)
+        WHERE NOT EXISTS (
+            SELECT FROM features.predictions AS known WHERE known.prediction_id = made.prediction_id AND known.forgotten_at IS NOT NULL
+        )
         ORDER BY entity_id, event_time, n
     ) AS firsts
     WHERE NOT EXISTS (
@@ -123,7 +126,8 @@ async def save_predictions(db: AsyncSession, blocks: Sequence[PredictionsMade]) 
 async def count_predictions(db: AsyncSession, champion: ModelPromoted, blocks: Sequence[PredictionsMade]) -> None:
     """Give each new pair of entity and event_time among the champion's predictions the next place in the order of arrival.
 
-    What was counted before, under whichever version, is not counted again, nor what names no entity: load tests are no live data.
+    What was counted before, under whichever version, is not counted again, nor what names no entity: load tests are no live data. Nor is
+    what was forgotten: a block that is delivered again names its entity.
     """
     named = [prediction for block in blocks for prediction in block.predictions if prediction.entity_id is not None]
     if named:
@@ -285,11 +289,20 @@ async def forget_predictions(db: AsyncSession, entity_id: str, feature_sets: Seq
             "used": [orjson.dumps([{"feature_set": name, "entity_id": entity_id}]).decode() for name in feature_sets],
         },
     )
+    n_emptied = len(emptied.all())
+    own = {"entity_id": entity_id, "models": list(models)}
+    # One that has been given its new name before was counted again since, as it was until forgotten predictions were left out.
     await db.execute(
-        text("UPDATE features.counted SET entity_id = 'forgotten/' || prediction_id WHERE entity_id = :entity_id AND model = ANY(:models)"),
-        {"entity_id": entity_id, "models": list(models)},
+        text("""
+            DELETE FROM features.counted AS again USING features.counted AS renamed
+            WHERE again.entity_id = :entity_id AND again.model = ANY(:models)
+                AND renamed.entity_id = 'forgotten/' || again.prediction_id AND renamed.model = again.model
+        """),
+        own,
     )
-    return len(emptied.all())
+    renamed = "UPDATE features.counted SET entity_id = 'forgotten/' || prediction_id WHERE entity_id = :entity_id AND model = ANY(:models)"
+    await db.execute(text(renamed), own)
+    return n_emptied
 
 
 async def drift_of(db: AsyncSession, model: str, limit: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from pydantic import AwareDatetime, Field
 
 from mojomesh_contracts.definitions import Model
 from mojomesh_contracts.events import FeatureValue, Frozen, Metrics
+from mojomesh_contracts.storable import Time
 
 MOJO_FILE = "model.mojo.zip"
 SCHEMA_FILE = "schema.json"
@@ -75,7 +76,7 @@ class SnapshotQuery(Frozen):
     """What a snapshot is made of: the same query at the same time gives the same rows for ever."""
 
     model: Model
-    snapshot_time: AwareDatetime
+    snapshot_time: Time
 
 
 class SnapshotTaken(Frozen):

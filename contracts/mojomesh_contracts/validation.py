@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 from mojomesh_contracts.definitions import FeatureSet
 from mojomesh_contracts.events import Arrival, FeatureValue
+from mojomesh_contracts.storable import NUL
 
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)
 CLOCK_SKEW = timedelta(minutes=5)  # clients' clocks may be ahead of ours by this much
-_NUL = "\x00"
 
 
 def problem_of(event: Arrival, feature_set: FeatureSet | None, now: datetime) -> str | None:
@@ -26,12 +26,11 @@ def problem_of(event: Arrival, feature_set: FeatureSet | None, now: datetime) ->
     for name, time in (("event_time", event.event_time), ("reported_at", event.reported_at)):
         if time is not None and not EARLIEST <= time <= latest:
             found.append(f"{name} {time.isoformat()} is not between {EARLIEST.year} and now + {CLOCK_SKEW.seconds // 60} minutes")
-    if _NUL in event.entity_id:
+    if NUL in event.entity_id:
         found.append("entity_id contains a NUL character")
     return "; ".join(found) or None
 
 
 def _problems_of_values(values: dict[str, FeatureValue], feature_set: FeatureSet) -> list[str]:
-    # PostgreSQL keeps no NUL in a text.
-    with_nul = [name for name, value in values.items() if isinstance(value, str) and _NUL in value]
+    with_nul = [name for name, value in values.items() if isinstance(value, str) and NUL in value]
     return feature_set.problems(values) + [f"'{name}' contains a NUL character" for name in with_nul]

@@ -37,6 +37,7 @@ from tests.features.making import NOON, Append, AppendAll, make_event
 
 HOUR = timedelta(hours=1)
 FLIGHT = ("flights", "UA1545")
+TOO_EARLY = "0001-01-01T00:00:00+05:00"  # in UTC it is of the year 0
 
 
 def written(row: FeatureRow) -> tuple[Entity, OnlineRow]:
@@ -415,6 +416,15 @@ async def test_a_lookup_answers_vectors_and_says_what_is_missing(http: httpx.Asy
         ("GET", "/v1/features/flights/x?at=2013-03-01T12:00:00", None, 422, "timezone"),
         ("POST", "/v1/features:lookup", {"model": "dealy", "rows": []}, 404, "no model 'dealy'; there are: delay"),
         ("POST", "/v1/features:lookup", {"model": "delay", "rows": [{"id": "x"}]}, 422, "rows.0.entity_id"),
+        ("GET", "/v1/features/flights/a%00", None, 422, "path.entity_id: Value error, contains a NUL character"),
+        ("GET", f"/v1/features/flights/{'x' * 513}", None, 422, "at most 512 characters"),
+        ("GET", "/v1/features/flights/x?at=9999-12-31T23:59:59-05:00", None, 422, "query.at: Value error, lies outside"),
+        ("GET", f"/v1/features/flights/x?snapshot_time={TOO_EARLY.replace('+', '%2B')}", None, 422, "outside the years"),
+        ("POST", "/v1/features:lookup", {"model": "delay", "rows": [{"entity_id": "a\0"}]}, 422, "0.entity_id: Value error"),
+        ("POST", "/v1/features/flights:batch", {"rows": [{"entity_id": "x", "at": TOO_EARLY}]}, 422, "rows.0.at: Value error"),
+        ("POST", "/v1/features/flights:batch", {"rows": [], "snapshot_time": TOO_EARLY}, 422, "outside the years"),
+        ("GET", "/v1/predictions?model=%00", None, 422, "query.model: Value error, contains a NUL character"),
+        ("GET", "/v1/predictions?model=delay&after=100000000000000000000", None, 422, "query.after"),
         ("GET", "/v1/predictions/7b4aa0ee-6a3c-4f58-9f6c-4f0b0e6f9d3a", None, 404, "no prediction"),
     ],
 )

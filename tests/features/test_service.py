@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -257,6 +257,21 @@ async def test_garbage_is_dead_lettered_and_stops_nothing(service: Service, kafk
     for event in (PredictionsMade, FeaturesWritten):
         letters = await heard(kafka, event.topic.dead_letters.name, 2)
         assert {letter.value for letter in letters} == {b"not JSON", b'{"event_id": 7}'}
+
+
+async def test_receipts_that_cannot_be_stored_are_dead_lettered_without_the_others_of_their_block(service: Service, kafka: str) -> None:
+    good = make_predictions(10)
+    with_nul = good[0].model_copy(update={"prediction_id": uuid4(), "entity_id": "a\0"})
+    too_early = good[0].model_copy(update={"prediction_id": uuid4(), "event_time": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5)))})
+
+    await service.publish(make_block([*good[:5], with_nul, too_early, *good[5:]]), make_block([with_nul]))
+
+    stored = await service.predictions(10)
+    assert [row["prediction_id"] for row in stored] == [str(made.prediction_id) for made in good]
+    letters = await heard(kafka, PredictionsMade.topic.dead_letters.name, 2)
+    buried = [PredictionsMade.model_validate_json(letter.value).predictions for letter in letters]
+    assert sorted(buried, key=len) == [[with_nul], [with_nul, too_early]]
+    assert {dict(letter.headers)["mojomesh-reason"].partition(b",")[0] for letter in letters} == {b"entity_id contains a NUL character"}
 
 
 async def test_a_row_is_read_as_soon_as_it_is_announced(service: Service, append: Append) -> None:

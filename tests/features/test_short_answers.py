@@ -192,6 +192,8 @@ def at(entity_id: str, hours: float = 5.0) -> dict[str, Any]:
         (lookup({"entity_id": "x" * 513, "event_time": AT}), False),
         (lookup({"entity_id": "\u00e9" * 512, "event_time": AT}), False),
         (lookup({"entity_id": ""}), False),
+        (lookup({"entity_id": "F1\0", "event_time": AT}), False),
+        (lookup({"entity_id": "nobody", "event_time": "0001-01-01T00:00:00+05:00"}), False),
         (lookup({"entity_id": 7}), False),
         (lookup({"entity_id": "F1", "at": AT}), False),
         (lookup("F1"), False),
@@ -225,12 +227,27 @@ async def test_vectors_are_the_same_both_ways(doors: Doors, body: object, is_sho
         ("nothing", {"rows": [{"entity_id": "F1"}]}, False),
         ("fl%69ghts", {"rows": [{"entity_id": "F1"}]}, False),
         ("flights", {"rows": []}, True),
+        ("flights", {"rows": [{"entity_id": "F1\0"}]}, False),
+        ("flights", {"rows": [{"entity_id": "nobody", "at": "9999-12-31T23:59:59-05:00"}]}, False),
     ],
 )
 async def test_rows_are_the_same_both_ways(doors: Doors, path: str, body: object, is_short: bool) -> None:
     _, was_short = await doors.both_ways(f"/v1/features/{path}:batch", body)
 
     assert was_short == is_short
+
+
+@pytest.mark.parametrize("odd", [{"entity_id": "F4\0"}, {"entity_id": "F4", "time": "0001-01-01T00:00:00+05:00"}])
+@pytest.mark.parametrize(("path", "time"), [(":lookup", "event_time"), ("/flights:batch", "at")])
+async def test_what_cannot_be_stored_is_refused_to_who_asks_for_it_alone(doors: Doors, path: str, time: str, odd: dict[str, str]) -> None:
+    """F4 is not in Redis: what is asked of it together goes to PostgreSQL together."""
+    model = {"model": "delay"} if path == ":lookup" else {}
+    asked = [{"entity_id": "F4"}, {time if name == "time" else name: value for name, value in odd.items()}, {"entity_id": "F4"}]
+
+    replies = await asyncio.gather(*(doors.http.post(f"/v1/features{path}", json={**model, "rows": [row]}) for row in asked))
+
+    assert [reply.status_code for reply in replies] == [200, 422, 200]
+    assert "Value error" in replies[1].json()["error"]["message"]
 
 
 async def test_without_a_time_a_vector_is_that_of_now(doors: Doors) -> None:

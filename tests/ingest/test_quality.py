@@ -145,6 +145,17 @@ async def test_a_held_event_that_was_forgotten_is_not_held_again(expecting: Any,
     assert await expecting.stored() == []
 
 
+async def test_a_name_that_no_feature_set_can_have_is_refused(world: Any, ingest: httpx.AsyncClient) -> None:
+    headers = {"Authorization": f"Bearer {world.settings.token}"}
+
+    asked = await ingest.get("/v1/quarantine?feature_set=%00")
+    let_go = await ingest.post("/v1/quarantine:release", json={"feature_set": "a\0"}, headers=headers)
+
+    for reply in (asked, let_go):
+        assert reply.status_code == 422
+        assert "feature_set: Value error, contains a NUL character" in reply.json()["error"]["message"]
+
+
 async def test_letting_go_needs_the_token(expecting: Any, ingest: httpx.AsyncClient) -> None:
     assert (await ingest.post("/v1/quarantine:release", json={})).status_code == 401
 

@@ -127,6 +127,26 @@ async def test_training_of_an_unknown_model_names_those_there_are(loop: Any) -> 
     assert "there are: delay" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/models/%00", "path.model: Value error, contains a NUL character"),
+        ("/v1/models/delay/versions/100000000000000000000", "path.version"),
+    ],
+)
+async def test_what_no_model_can_be_called_is_refused(bench: Any, path: str, words: str) -> None:
+    answer = await bench.http.get(path)
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("asked", [{"reason": "a\0"}, {"snapshot_time": "0001-01-01T00:00:00+05:00"}])
+async def test_training_is_refused_for_what_cannot_be_stored(loop: Any, asked: dict[str, str]) -> None:
+    answer = await loop.post("/v1/models/delay:train", **asked)
+    assert answer.status_code == 422
+    assert f"body.{next(iter(asked))}: Value error" in answer.json()["error"]["message"]
+
+
 async def test_an_unknown_definition_names_those_there_are(loop: Any) -> None:
     answer = await loop.http.get("/v1/definitions/FeatureSet/nothing")
     assert answer.status_code == 404

@@ -305,6 +305,7 @@ class Features:
 
     def __init__(self) -> None:
         self.vectors: dict[str, Row] = {}
+        self.refusing: dict[str, int] = {}  # a whole request, by the entity that is in it
         self.asked: list[dict[str, Any]] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -313,6 +314,9 @@ class Features:
         body = await request.json()
         self.asked.append(body)
         await self.gate.wait()
+        for row in body["rows"]:
+            if (status := self.refusing.get(row["entity_id"])) is not None:
+                return JSONResponse({"error": f"not with {row['entity_id']}"}, status)
         return JSONResponse({"rows": [self._row(row) for row in body["rows"]]})
 
     def _row(self, row: dict[str, str]) -> dict[str, Any]:

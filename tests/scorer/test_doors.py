@@ -23,8 +23,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from mojomesh_chassis.dead_letters import read_dead_letters
 from mojomesh_chassis.objects import open_objects
-from mojomesh_chassis.publishing import Publisher
+from mojomesh_chassis.publishing import Publisher, Record
 from mojomesh_contracts.events import ScoreRequested
 from mojomesh_local import ports
 from tests.scorer.making import (
@@ -35,11 +36,12 @@ from tests.scorer.making import (
     Scorer,
     Trained,
     read_predictions,
-    records_of,
     running_scorer,
     serving_features,
     with_topics,
 )
+
+TOO_EARLY = "0001-01-01T00:00:00+05:00"  # in UTC it is of the year 0
 
 
 @dataclass
@@ -164,6 +166,9 @@ async def test_what_cannot_be_explained_is_refused(scorer: Scorer, name: str, n_
         ({"values": {}, "rows": [{"values": {}}]}, 422, "not both"),
         ({"vals": {}}, 422, "vals"),
         ({"entity_id": "nobody"}, 404, "nobody: no row of 'flights'"),
+        ({"entity_id": "a\0"}, 422, "entity_id: Value error, contains a NUL character"),
+        ({"values": {}, "entity_id": "a\0"}, 422, "entity_id: Value error, contains a NUL character"),
+        ({"rows": [{"values": {}, "event_time": TOO_EARLY}]}, 422, "rows.0.event_time: Value error, lies outside the years 1 to 9999"),
     ],
 )
 async def test_a_bad_request_is_told_what_is_wrong(scorer: Scorer, body: Row, status: int, complaint: str) -> None:
@@ -295,6 +300,7 @@ def test_the_end_of_a_head_is_not_taken_for_a_head(scorer: Scorer, models: dict[
         {"inputs": [{"name": "hour", "shape": [1, 1], "datatype": "INT32", "data": [[5]]}], "parameters": {}},
         {"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "data": [1]}], "outputs": [{"name": "nobody"}]},
         {"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "data": [10**400]}]},
+        {"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "data": [1]}], "parameters": {"entity_id": "a\0"}},
         [],
     ],
 )
@@ -370,18 +376,38 @@ async def test_requests_on_kafka_are_answered_once_however_often_they_come(mesh:
         assert abs(answered[request.event_id].scores[1] - scores[1]) <= 1e-6
 
 
-async def test_a_bad_request_on_kafka_is_dead_lettered_alone(mesh: Mesh, models: dict[str, Trained]) -> None:
-    good = [ScoreRequested(event_id=uuid4(), model="binomial", values=row) for row in models["binomial"].rows[:10]]
-    bad = ScoreRequested(event_id=uuid4(), model="binomial", values={"carier": "AA"})
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"values": {"carier": "AA"}}, "no column 'carier'"),
+        ({"entity_id": "a\0"}, "contains a NUL character"),
+        ({"entity_id": "a\0", "values": {}}, "contains a NUL character"),
+        ({"entity_id": "early", "event_time": TOO_EARLY}, "lies outside the years 1 to 9999"),
+        ({"entity_id": "x" * 600}, "at most 512 characters"),
+        ({}, "a row needs values, or an entity_id"),
+        ({"entity_id": "gone"}, "answered 410"),
+        ({"entity_id": "a bug"}, "answered 500"),
+    ],
+)
+async def test_a_bad_request_on_kafka_is_dead_lettered_alone(mesh: Mesh, models: dict[str, Trained], asked: Row, complaint: str) -> None:
+    rows = models["binomial"].rows
+    mesh.features.vectors["UA7"] = rows[0]
+    mesh.features.refusing = {"a\0": 500, "early": 500, "x" * 600: 422, "": 422, "gone": 410, "a bug": 500}
+    by_entity: list[Row] = [{"entity_id": "UA7"}] * 5
+    good = [ScoreRequested(event_id=uuid4(), model="binomial", **one) for one in [*by_entity, *({"values": row} for row in rows[:5])]]
+    bad = ScoreRequested(event_id=uuid4(), model="binomial", **asked)
+    topic, events = ScoreRequested.topic.name, [*good[:3], bad, *good[3:]]
 
-    await mesh.publisher.publish([*good[:5], bad, *good[5:]])
+    await mesh.publisher.send([Record(topic, b"of one partition", event.model_dump_json().encode(), []) for event in events])
 
-    wanted = {str(request.derive_id("prediction")) for request in good}
-    await read_predictions(mesh.kafka, wanted)
-    async with records_of(mesh.kafka, ScoreRequested.topic.dead_letters.name) as letters:
-        letter = await letters.getone()
-    assert json.loads(letter.value)["event_id"] == str(bad.event_id)
-    assert b"no column 'carier'" in dict(letter.headers)["mojomesh-reason"]
+    await read_predictions(mesh.kafka, {str(request.derive_id("prediction")) for request in good})
+    ids = {str(event.event_id) for event in events}
+    buried: dict[str, str] = {}
+    while not buried:
+        letters = await read_dead_letters(mesh.kafka, [ScoreRequested.topic])
+        buried = {sent: letter.reason for letter in letters if (sent := json.loads(letter.value or b"{}")["event_id"]) in ids}
+    assert buried.keys() == {str(bad.event_id)}
+    assert complaint in buried[str(bad.event_id)]
 
 
 @pytest.fixture
@@ -482,6 +508,8 @@ def test_tritonclient_is_told_over_grpc_what_is_wrong(over_grpc: Any, models: di
     tensor.set_data_from_numpy(np.array(["far"], dtype=np.object_))
     with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*'distance' is a number"):
         over_grpc.infer("binomial", [tensor])
+    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*entity_id: Value error, contains a NUL character"):
+        over_grpc.infer("binomial", triton_inputs(triton_grpc, models["binomial"], 1), parameters={"entity_id": "a\0"})
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
@@ -516,6 +544,10 @@ async def test_a_bare_nan_in_json_is_missing(scorer: Scorer, models: dict[str, T
     assert reply.json()["outputs"][0]["data"] == [(await scorer.score("binomial", {}))["score"]]
 
 
+def of_entity(entity_id: str) -> str:
+    return f'{{"parameters": {{"entity_id": {entity_id}}}, "inputs": [{{"name": "hour", "shape": [1], "datatype": "FP64", "data": [1]}}]}}'
+
+
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
@@ -526,6 +558,10 @@ async def test_a_bare_nan_in_json_is_missing(scorer: Scorer, models: dict[str, T
         ('{"inputs": [{"name": "hour", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}]}', "shape [n] or [n, 1]"),
         ('{"inputs": [{"name": "hour", "shape": [1], "datatype": "FP63", "data": [1]}]}', "'FP63'"),
         ('{"inputs": [{"name": "hour", "shape": [1], "datatype": "FP64", "parameters": {"binary_data_size": 9}}]}', "binary_data_size 9"),
+        (of_entity('"a\\u0000"'), "parameter entity_id: Value error, contains a NUL character"),
+        (of_entity('"\\ud800"'), "parameter entity_id: Input should be a valid string"),
+        (of_entity(f'"{"x" * 513}"'), "parameter entity_id: String should have at most 512 characters"),
+        (of_entity("7"), "parameter entity_id: Input should be a valid string"),
     ],
 )
 async def test_what_is_no_inference_request_is_refused_as_the_protocol_says(scorer: Scorer, body: str, complaint: str) -> None:

@@ -10,6 +10,7 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import PermanentError, TransientError
 from mojomesh_chassis.redis import LineRedis, open_redis
 from mojomesh_contracts.definitions import parse_definitions
+from mojomesh_scorer.errors import FeaturesFailed
 from mojomesh_scorer.lookups import FEW_ROWS, EntityAt, FeatureLookup, Found
 from mojomesh_store.online import ROWS_KEPT, Entity, OnlineRow, OnlineStore, Window, microseconds
 
@@ -24,13 +25,14 @@ class Features:
         self.let = asyncio.Event()
         self.status = 200
         self.refused = self.away = ""
+        self.refusal = 422
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
         rows = [row["entity_id"] for row in json.loads(request.content)["rows"]]
         self.calls.append(rows)
         await self.let.wait()
         if self.status != 200 or self.refused in rows:
-            return httpx.Response(self.status if self.status != 200 else 422)
+            return httpx.Response(self.status if self.status != 200 else self.refusal)
         away = {"away": "shard 1 of 3 is away"}
         return httpx.Response(200, json={"rows": [away if name == self.away else {"values": {"carrier": name}} for name in rows]})
 
@@ -87,16 +89,17 @@ async def test_a_silent_service_is_told_to_everybody_who_asked() -> None:
     assert [type(answer) for answer in answers] == [TransientError, TransientError]
 
 
-async def test_a_row_that_is_refused_is_refused_to_its_own_caller_only() -> None:
+@pytest.mark.parametrize(("status", "error"), [(422, PermanentError), (500, FeaturesFailed)])
+async def test_a_row_that_is_refused_is_refused_to_its_own_caller_only(status: int, error: type[Exception]) -> None:
     features = Features()
-    features.refused = "bad"
+    features.refused, features.refusal = "bad", status
     features.let.set()
     lookup = features.lookup()
 
     answers = await asyncio.gather(ask(lookup, "a"), ask(lookup, "bad"), ask(lookup, "c"), return_exceptions=True)
 
     assert answers[0] == ["a"]
-    assert isinstance(answers[1], PermanentError)
+    assert isinstance(answers[1], error)
     assert answers[2] == ["c"]
 
 

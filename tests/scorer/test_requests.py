@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mojomesh_contracts.events import ScoreRequested, derived_id
-from mojomesh_scorer.worker_handlers import read_request
+from mojomesh_scorer.worker_handlers import Answerable, read_request
 
 ID = "0b0e51a0-5a44-4b5c-8d5e-3c2f5d5a7a11"
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400) | st.lists(st.none())
 ZONES = st.sampled_from([None, UTC, timezone(timedelta(hours=-5))])
 TIMES = st.datetimes(timezones=ZONES).map(str) | st.integers() | st.text()
+TIMES |= st.just("0001-01-01T00:00:00+05:00")
 TIMES |= st.sampled_from(["2013-05-01T12:00:00Z", "2013-05-01T12:00:00.1234567+02:00", "2013-05-01", "1367409600", "20130501T120000Z"])
 BODIES = st.fixed_dictionaries(
     {
@@ -35,7 +36,7 @@ BODIES = st.fixed_dictionaries(
 def as_pydantic_reads(value: bytes) -> Any:
     """What `read_request` must make of a record, or the text of its refusal."""
     try:
-        event = ScoreRequested.model_validate_json(value)
+        event = Answerable.model_validate_json(value)
     except ValidationError as error:
         return str(error)
     return event.model, event.values, event.entity_id, event.event_time, str(event.derive_id("prediction")), event.event_id
@@ -78,6 +79,22 @@ def test_a_request_is_read_as_pydantic_reads_it(body: dict[str, Any]) -> None:
 )
 def test_what_is_out_of_the_ordinary_is_read_or_refused_as_pydantic_does(value: bytes) -> None:
     assert repr(as_it_is_read(value)) == repr(as_pydantic_reads(value))
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({}, "a row needs values, or an entity_id"),
+        ({"entity_id": ""}, "at least 1 character"),
+        ({"entity_id": "x" * 513, "values": {}}, "at most 512 characters"),
+        ({"entity_id": "a\0", "values": {}}, "contains a NUL character"),
+        ({"values": {}, "event_time": "0001-01-01T00:00:00+05:00"}, "lies outside the years 1 to 9999 in UTC"),
+        ({"values": {}, "event_time": "9999-12-31T23:59:59-05:00"}, "lies outside the years 1 to 9999 in UTC"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(asked: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        read_request(json.dumps({"event_id": ID, "model": "m", **asked}).encode())
 
 
 @given(st.uuids(), st.text(st.characters(codec="utf-8")))

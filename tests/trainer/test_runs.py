@@ -22,6 +22,7 @@ async def test_a_request_becomes_a_signed_bundle_announced_with_its_folds(world:
         (ready,) = await world.until_heard(1)
         run = (await http.get(f"/v1/runs/{ready.run_id}")).json()
         listed = (await http.get("/v1/runs", params={"model": "delay"})).json()
+        refused = await http.get("/v1/runs", params={"model": "\0"})
 
     bundle = await world.bundle(ready.bundle_digest)
     manifest = bundle.manifest
@@ -33,6 +34,7 @@ async def test_a_request_becomes_a_signed_bundle_announced_with_its_folds(world:
     assert manifest.pins["h2o"] == "3.46.0.11"
     assert (run["state"], run["bundle_digest"], run["reason"]) == ("succeeded", ready.bundle_digest, None)
     assert [one["run_id"] for one in listed["runs"]] == [str(ready.run_id)]
+    assert refused.status_code == 422
     trained = sorted(await world.heard(FoldTrained), key=lambda event: event.fold)
     assert [event.h2o_job for event in trained] == [fold.h2o_job for fold in manifest.folds]
     columns = {column.name: column for column in bundle.schema.columns}

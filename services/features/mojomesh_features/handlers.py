@@ -9,7 +9,9 @@ import msgspec
 from mojomesh_chassis.consuming import MeshRouter
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.definitions import Definitions, subscribe_definitions
-from mojomesh_contracts.events import DriftDetected, Event, FeaturesWritten, FeatureValue, ModelPromoted, PredictionsMade
+from mojomesh_chassis.errors import Rejected
+from mojomesh_contracts.events import Event, FeaturesWritten, FeatureValue, ModelPromoted, Prediction, PredictionsMade
+from mojomesh_contracts.storable import NUL, is_in_calendar
 from mojomesh_features import tables
 from mojomesh_features.champions import ChampionBundles, Champions
 from mojomesh_features.watching import measure_windows
@@ -68,11 +70,16 @@ async def on_features_written(written: Sequence[tuple[Entity, OnlineRow]], onlin
 @router.work(PredictionsMade, batch=200)
 async def on_predictions_made(
     events: Sequence[PredictionsMade], database: Database, champions: Champions, bundles: ChampionBundles, definitions: Definitions
-) -> list[DriftDetected]:
+) -> list[Event]:
     """Keep receipts and measure drift in one transaction: what is counted is stored, and counted once.
 
-    An alert is announced whenever the block is delivered that it was raised for.
+    An alert is announced whenever the block is delivered that it was raised for. Receipts that cannot be stored are sent on as a block of
+    their own, so that they are dead-lettered without the others.
+
+    Raises:
+        Rejected: Some blocks have no other receipts.
     """
+    events, apart = _parted(events)
     promoted = await champions.of(events)
     baselines = {model: await bundles.of(champion) for model, champion in promoted.items()}
     async with database.begin() as db:
@@ -86,4 +93,26 @@ async def on_predictions_made(
             if (bundle := baselines[model]) is not None:
                 definition = definitions.models.get(model) or bundle.manifest.definition
                 await measure_windows(db, champion, bundle, definition.drift, cause=blocks[-1])
-        return await tables.alerts_caused_by(db, events)
+        return [*await tables.alerts_caused_by(db, events), *apart]
+
+
+def _parted(blocks: Sequence[PredictionsMade]) -> tuple[list[PredictionsMade], list[PredictionsMade]]:
+    """The blocks with the receipts that can be stored, and blocks of the others."""
+    kept: list[PredictionsMade] = []
+    apart: list[PredictionsMade] = []
+    reasons: dict[int, str] = {}
+    for place, block in enumerate(blocks):
+        if not (odd := [one for one in block.predictions if not _is_storable(one)]):
+            kept.append(block)
+        elif len(odd) == len(block.predictions):
+            reasons[place] = "entity_id contains a NUL character, or event_time lies outside the years 1 to 9999 in UTC"
+        else:
+            kept.append(block.model_copy(update={"predictions": [one for one in block.predictions if _is_storable(one)]}))
+            apart.append(block.model_copy(update={"event_id": block.derive_id("unstorable"), "predictions": odd}))
+    if reasons:
+        raise Rejected(reasons)
+    return kept, apart
+
+
+def _is_storable(prediction: Prediction) -> bool:
+    return NUL not in (prediction.entity_id or "") and is_in_calendar(prediction.event_time)

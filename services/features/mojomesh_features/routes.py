@@ -8,7 +8,7 @@ from uuid import UUID
 
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import text
 
 from mojomesh_chassis.database import Database
@@ -16,6 +16,7 @@ from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import NotFound, PermanentError
 from mojomesh_chassis.http import Protected
 from mojomesh_contracts.bundles import SnapshotQuery, SnapshotTaken
+from mojomesh_contracts.storable import EntityId, Text, Time
 from mojomesh_features import tables
 from mojomesh_features.answers import row_answer, rows_answer, vectors_answer
 from mojomesh_features.judging import windows_of
@@ -31,6 +32,7 @@ from mojomesh_store.vectors import plan_of
 router = APIRouter()
 
 MOST_ROWS = 10_000  # a request
+MAX_SEQ = 2**63 - 1  # of PostgreSQL's bigint
 
 
 def _resource(name: str) -> Any:
@@ -54,8 +56,8 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    entity_id: str = Field(min_length=1, max_length=512)
-    at: AwareDatetime | None = None
+    entity_id: EntityId
+    at: Time | None = None
 
 
 class AskedBatch(BaseModel):
@@ -64,7 +66,7 @@ class AskedBatch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: list[Asked] = Field(max_length=MOST_ROWS)
-    snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew it then; by default as it knows it now")
+    snapshot_time: Time | None = Field(default=None, description="As the mesh knew it then; by default as it knows it now")
 
 
 class AskedNearest(BaseModel):
@@ -75,8 +77,8 @@ class AskedNearest(BaseModel):
     feature: str = Field(description="Of type `vector(n)`")
     vector: list[float]
     k: int = Field(default=10, ge=1, le=500)
-    at: AwareDatetime | None = Field(default=None, description="Rows that were true then; by default now")
-    snapshot_time: AwareDatetime | None = Field(default=None, description="As the mesh knew them then; by default as it knows them now")
+    at: Time | None = Field(default=None, description="Rows that were true then; by default now")
+    snapshot_time: Time | None = Field(default=None, description="As the mesh knew them then; by default as it knows them now")
     exact: bool = Field(default=False, description="Compare all vectors instead of those that the index leads to")
 
 
@@ -85,8 +87,8 @@ class AskedVector(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    entity_id: str = Field(min_length=1, max_length=512)
-    event_time: AwareDatetime | None = None
+    entity_id: EntityId
+    event_time: Time | None = None
 
 
 class AskedVectors(BaseModel):
@@ -157,11 +159,11 @@ async def nearest_rows(feature_set: str, asked: AskedNearest, neighbours: SomeNe
 @router.get("/v1/features/{feature_set}/{entity_id:path}")
 async def latest_row(
     feature_set: str,
-    entity_id: str,
+    entity_id: EntityId,
     reader: AReader,
     definitions: SomeDefinitions,
-    at: AwareDatetime | None = None,
-    snapshot_time: AwareDatetime | None = None,
+    at: Time | None = None,
+    snapshot_time: Time | None = None,
 ) -> Response:
     """The row that was true of an entity at an event time (by default now), as the mesh knew it at `snapshot_time` (by default now)."""
     entity = (definitions.feature_set(feature_set).name, entity_id)
@@ -226,7 +228,12 @@ async def prediction(prediction_id: UUID, database: ADatabase) -> Response:
 
 
 @router.get("/v1/predictions")
-async def predictions(database: ADatabase, model: str, after: int = 0, limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 1000) -> Response:
+async def predictions(
+    database: ADatabase,
+    model: Text,
+    after: Annotated[int, Query(ge=0, le=MAX_SEQ)] = 0,
+    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 1000,
+) -> Response:
     """Receipts of a model in the order of their arrival; ask again with `after` set to the `next` of the answer."""
     async with database.begin() as db:
         found = await tables.predictions_after(db, model, after, limit)

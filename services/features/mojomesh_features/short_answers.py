@@ -19,6 +19,7 @@ import msgspec
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import NotFound
 from mojomesh_chassis.fast_lane import Answer, Headers
+from mojomesh_contracts.storable import NUL, is_in_calendar
 from mojomesh_features.answers import rows_answer, vectors_answer
 from mojomesh_features.retiring import Retired
 from mojomesh_store.errors import UnusableDefinition
@@ -81,7 +82,7 @@ class ShortAnswers:
     def _look_up(self, body: bytes) -> "Future[bytes | None] | None":
         try:
             asked = _read_vectors(body)
-            pairs = [(row.entity_id, _microseconds(row.event_time)) for row in asked.rows]
+            pairs = [_as_of(row.entity_id, row.event_time) for row in asked.rows]
             plan = self._plans.of(asked.model)
         except (msgspec.DecodeError, ValueError, NotFound, UnusableDefinition):
             return None
@@ -93,7 +94,7 @@ class ShortAnswers:
 
     def _read_batch(self, feature_set: str, body: bytes) -> "Future[bytes | None] | None":
         try:
-            pairs = [(row.entity_id, _microseconds(row.at)) for row in _read_rows(body).rows]
+            pairs = [_as_of(row.entity_id, row.at) for row in _read_rows(body).rows]
         except (msgspec.DecodeError, ValueError):
             return None
         if feature_set not in self._definitions.feature_sets:
@@ -154,9 +155,14 @@ class _Together:
             self._asking = asyncio.create_task(self._ask()) if self._waiting else None
 
 
-def _microseconds(event_time: str | None) -> int:
+def _as_of(entity_id: str, event_time: str | None) -> tuple[str, int]:
+    if NUL in entity_id:
+        raise ValueError(entity_id)
     if event_time is None:
-        return time.time_ns() // 1000
+        return entity_id, time.time_ns() // 1000
     if not _is_plain_time(event_time):
         raise ValueError(event_time)  # which Pydantic may read all the same
-    return microseconds(datetime.fromisoformat(event_time))
+    at = datetime.fromisoformat(event_time)
+    if not is_in_calendar(at):
+        raise ValueError(event_time)
+    return entity_id, microseconds(at)

@@ -15,6 +15,7 @@ from mojomesh_chassis.http import Protected, read_body
 from mojomesh_chassis.outbox import Relay
 from mojomesh_chassis.publishing import Publisher
 from mojomesh_contracts.events import EventReceived
+from mojomesh_contracts.storable import Text
 from mojomesh_contracts.validation import problem_of
 from mojomesh_ingest import quarantine
 from mojomesh_ingest.errors import EventsRefused, Refusal
@@ -62,12 +63,12 @@ class Release(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     event_ids: list[UUID] | None = Field(default=None, min_length=1, max_length=MAX_EVENTS)
-    feature_set: str | None = None
+    feature_set: Text | None = None
 
 
 @router.get("/quarantine")
 async def held_events(
-    request: Request, feature_set: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100
+    request: Request, feature_set: Text | None = None, limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100
 ) -> dict[str, list[dict[str, Any]]]:
     """What is held back because it is not as its definition expects, oldest first."""
     database: Database = request.state.database

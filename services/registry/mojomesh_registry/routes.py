@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Depends, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mojomesh_chassis.database import Database
@@ -17,6 +17,7 @@ from mojomesh_chassis.http import Protected
 from mojomesh_chassis.outbox import Relay, save_events
 from mojomesh_contracts.definitions import DefinitionError, FeatureSet, Model, parse_definition, parse_definitions
 from mojomesh_contracts.events import LeftOut, TrainingRequested
+from mojomesh_contracts.storable import Text, Time
 from mojomesh_registry import applying, lineage, shadows
 from mojomesh_registry.errors import ChampionChanged, WrongDefinitions, WrongTraffic
 from mojomesh_registry.tables import OUTBOX, AppliedDefinition, Follower, RegisteredModel, Traffic, Version
@@ -36,6 +37,7 @@ def _relay(request: Request) -> Relay:
     return relay
 
 
+VersionNumber = Annotated[int, Field(ge=1, lt=2**31)]  # as PostgreSQL's integer
 InDatabase = Annotated[Database, Depends(_database)]
 ToOutbox = Annotated[Relay, Depends(_relay)]
 
@@ -49,29 +51,29 @@ class Asked(BaseModel):
 class TrainingAsked(Asked):
     """Body of `:train`."""
 
-    reason: str = Field(default="asked for by hand", min_length=1, max_length=1000)
-    snapshot_time: AwareDatetime | None = None
+    reason: Text = Field(default="asked for by hand", min_length=1, max_length=1000)
+    snapshot_time: Time | None = None
 
 
 class PromotionAsked(Asked):
     """Body of `:promote`. With `expected_promotion`, nothing happens if somebody else was promoted since the caller looked."""
 
     force: bool = False
-    reason: str | None = Field(default=None, max_length=1000)
+    reason: Text | None = Field(default=None, max_length=1000)
     expected_promotion: int | None = None
 
 
 class RollbackAsked(Asked):
     """Body of `:rollback`."""
 
-    reason: str | None = Field(default=None, max_length=1000)
+    reason: Text | None = Field(default=None, max_length=1000)
     expected_promotion: int | None = None
 
 
 class ChallengerAsked(Asked):
     """A version to score beside the champion."""
 
-    version: int = Field(ge=1)
+    version: VersionNumber
     share: Decimal | None = Field(default=None, gt=0, decimal_places=3, description="Of the entities; without one it is a shadow")
 
 
@@ -79,7 +81,7 @@ class TrafficAsked(Asked):
     """Body of `PUT traffic`: all versions beside the champion; those not named any more leave."""
 
     challengers: list[ChallengerAsked]
-    reason: str | None = Field(default=None, max_length=1000)
+    reason: Text | None = Field(default=None, max_length=1000)
 
 
 class FollowerInfo(BaseModel):
@@ -155,21 +157,21 @@ async def get_models(database: InDatabase) -> dict[str, list[lineage.ModelSummar
 
 
 @router.get("/models/{model}")
-async def get_model(model: str, database: InDatabase) -> lineage.ModelInfo:
+async def get_model(model: Text, database: InDatabase) -> lineage.ModelInfo:
     """One model with its versions, newest first."""
     async with database.begin() as db:
         return await lineage.model_info(db, model)
 
 
 @router.get("/models/{model}/versions/{version}")
-async def get_version(model: str, version: int, database: InDatabase) -> lineage.VersionLineage:
+async def get_version(model: Text, version: VersionNumber, database: InDatabase) -> lineage.VersionLineage:
     """One version with its manifest and lineage."""
     async with database.begin() as db:
         return await lineage.version_lineage(db, await version_of(db, model, version))
 
 
 @router.post("/models/{model}:train", status_code=202, dependencies=[Protected])
-async def train(model: str, asked: TrainingAsked, database: InDatabase, relay: ToOutbox) -> TrainingRequested:
+async def train(model: Text, asked: TrainingAsked, database: InDatabase, relay: ToOutbox) -> TrainingRequested:
     """Ask trainer for a new version; the answer is the event, whose id the run names as its cause."""
     async with database.begin() as db:
         await applying.model_in_force(db, model)
@@ -183,7 +185,7 @@ async def train(model: str, asked: TrainingAsked, database: InDatabase, relay: T
 
 
 @router.post("/models/{model}/versions/{version}:promote", dependencies=[Protected])
-async def promote(model: str, version: int, asked: PromotionAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
+async def promote(model: Text, version: VersionNumber, asked: PromotionAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
     """Make a version the champion by hand."""
     if asked.force and not asked.reason:
         raise WrongDefinitions("a forced promotion needs a reason, which is kept with it")
@@ -198,7 +200,7 @@ async def promote(model: str, version: int, asked: PromotionAsked, database: InD
 
 
 @router.post("/models/{model}:rollback", dependencies=[Protected])
-async def rollback(model: str, asked: RollbackAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
+async def rollback(model: Text, asked: RollbackAsked, database: InDatabase, relay: ToOutbox) -> Promoted:
     """Return to the version that was champion before the present one."""
     async with database.begin() as db:
         registered = await _expected(db, model, asked.expected_promotion)
@@ -213,7 +215,7 @@ async def rollback(model: str, asked: RollbackAsked, database: InDatabase, relay
 
 
 @router.put("/models/{model}/traffic", dependencies=[Protected])
-async def put_traffic(model: str, asked: TrafficAsked, database: InDatabase, relay: ToOutbox) -> TrafficInfo:
+async def put_traffic(model: Text, asked: TrafficAsked, database: InDatabase, relay: ToOutbox) -> TrafficInfo:
     """Let versions score beside the champion: a challenger its share of the entities, a shadow what the champion answered."""
     wanted = {one.version: one.share for one in asked.challengers}
     if len(wanted) < len(asked.challengers):
@@ -228,14 +230,14 @@ async def put_traffic(model: str, asked: TrafficAsked, database: InDatabase, rel
 
 
 @router.get("/models/{model}/traffic")
-async def get_traffic(model: str, database: InDatabase) -> TrafficInfo:
+async def get_traffic(model: Text, database: InDatabase) -> TrafficInfo:
     """Who scores beside the champion."""
     async with database.begin() as db:
         return _traffic_info(await registered_model(db, model), await traffic_of(db, model), await followers_of(db, model))
 
 
 @router.get("/models/{model}/shadows")
-async def get_shadows(model: str, database: InDatabase) -> dict[str, list[shadows.ShadowInfo]]:
+async def get_shadows(model: Text, database: InDatabase) -> dict[str, list[shadows.ShadowInfo]]:
     """What shadows made of rows that champions answered."""
     async with database.begin() as db:
         return {"shadows": await shadows.shadow_infos(db, model)}

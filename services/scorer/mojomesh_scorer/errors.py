@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mojomesh_chassis.errors import BadBundle, NotFound, PermanentError, TransientError
+from mojomesh_chassis.errors import BadBundle, MeshError, NotFound, PermanentError, TransientError
 
 
 class SchemaMismatch(PermanentError):
@@ -22,6 +22,10 @@ class UnknownEntity(RowsRefused):
     """The feature store has nothing about the entities of some rows."""
 
     status = 404
+
+
+class FeaturesFailed(MeshError):
+    """A bug in features, at this question: neither waiting nor another question helps, and it is not the client's fault."""
 
 
 class NotExplained(PermanentError):

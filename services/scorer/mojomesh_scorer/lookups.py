@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from mojomesh_chassis.definitions import Definitions
 from mojomesh_chassis.errors import NotFound, PermanentError, TransientError
 from mojomesh_contracts.events import FeatureValue, Frozen, RowKey
+from mojomesh_scorer.errors import FeaturesFailed
 from mojomesh_store.errors import UnusableDefinition
 from mojomesh_store.online import Breaker, OnlineStore, microseconds
 from mojomesh_store.vectors import Plans, Vector, vectors
@@ -84,6 +85,7 @@ class FeatureLookup:
         Raises:
             NotFound: Features does not know the model.
             PermanentError: It refuses the question.
+            FeaturesFailed: It fails over the question.
             TransientError: It does not answer, or rows that are needed are on a shard that is away.
         """
         if len(entities) > FEW_ROWS:
@@ -94,7 +96,7 @@ class FeatureLookup:
         together.entities += entities
         try:
             found = await asyncio.shield(together.asking)  # a caller that goes away must not take the others' answer with it
-        except PermanentError:
+        except (PermanentError, FeaturesFailed):
             if len(together.entities) == len(entities):
                 raise
             return _none_away(await self._find(model, entities))  # it may be another's fault
@@ -141,6 +143,8 @@ class FeatureLookup:
             answer = f"features at {self._url} answered {reply.status_code}: {reply.text[:500]}"
             if reply.status_code == 404:
                 raise NotFound(answer)
+            if reply.status_code == 500:
+                raise FeaturesFailed(answer)
             # To wait would not help with any other fault of ours, and would hold up a partition for ever.
             raise PermanentError(answer) if reply.is_client_error and reply.status_code != 429 else TransientError(answer)
         try:

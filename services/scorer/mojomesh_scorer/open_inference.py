@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
+from mojomesh_contracts.storable import EntityId
 from mojomesh_scorer.errors import BadTensor
 from mojomesh_scorer.models import LoadedModel
 from mojomesh_scorer.scoring import Scored, score_of
@@ -13,9 +15,9 @@ from mojomesh_scorer.tensors import Tensor, check_shape
 
 SERVER = "mojomesh-scorer"
 PLATFORM = "h2o_mojo"
-MAX_ENTITY_ID = 512
 EXTENSIONS = ["binary_tensor_data"]
 CONTRIBUTIONS = "contributions"
+_ENTITY_ID: TypeAdapter[str] = TypeAdapter(EntityId)
 _DATATYPES = {"number": "FP64", "category": "BYTES", "boolean": "BOOL"}
 
 
@@ -107,13 +109,14 @@ def entity_asked(entity_id: object) -> str | None:
     """Whose rows they are, by a request's parameter `entity_id`: it decides which version scores them, and is kept in the receipts.
 
     Raises:
-        BadTensor: It is not a text of at most 512 characters.
+        BadTensor: It is none.
     """
     if not entity_id:
         return None
-    if not isinstance(entity_id, str) or len(entity_id) > MAX_ENTITY_ID:
-        raise BadTensor(f"parameter entity_id must be a text of at most {MAX_ENTITY_ID} characters")
-    return entity_id
+    try:
+        return _ENTITY_ID.validate_python(entity_id)
+    except ValidationError as error:
+        raise BadTensor(f"parameter entity_id: {error.errors()[0]['msg']}") from None
 
 
 def timeout_s_of(microseconds: object) -> float | None:

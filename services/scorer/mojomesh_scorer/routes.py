@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from mojomesh_chassis.http import read_body
 from mojomesh_contracts.events import FeatureValue
+from mojomesh_contracts.storable import EntityId, Time
 from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of, within
 from mojomesh_scorer.scoring import MAX_ROWS, NO_ROW, Row, Scored, score_of
 
@@ -26,8 +27,8 @@ class RowAsked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     values: dict[str, FeatureValue] | None = None
-    entity_id: str | None = Field(default=None, min_length=1, max_length=512)
-    event_time: AwareDatetime | None = Field(default=None, description="By default now")
+    entity_id: EntityId | None = None
+    event_time: Time | None = Field(default=None, description="By default now")
 
     @property
     def row(self) -> Row:

@@ -105,6 +105,7 @@ class Scoring:
             NotServed: The model, or this version of it, is not served.
             RowsRefused: Some rows do not fit the model, or name entities without features (UnknownEntity) or with too old ones
                 (StaleFeatures).
+            FeaturesFailed: Features fails over the question.
             TransientError: Features does not answer.
         """
         self.models.find(name, version)

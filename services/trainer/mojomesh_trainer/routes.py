@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from mojomesh_chassis.database import Database
 from mojomesh_chassis.errors import NotFound
+from mojomesh_contracts.storable import Text
 from mojomesh_trainer import tables
 
 router = APIRouter(prefix="/v1/runs")
@@ -20,7 +21,7 @@ def database_of(request: Request) -> Database:
 
 @router.get("")
 async def list_runs(
-    database: Annotated[Database, Depends(database_of)], model: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    database: Annotated[Database, Depends(database_of)], model: Text | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs, newest first, of one model or of all."""
     async with database.begin() as db:

@@ -418,6 +418,7 @@ async def test_a_lookup_answers_vectors_and_says_what_is_missing(http: httpx.Asy
         ("POST", "/v1/features:lookup", {"model": "delay", "rows": [{"id": "x"}]}, 422, "rows.0.entity_id"),
         ("GET", "/v1/features/flights/a%00", None, 422, "path.entity_id: Value error, contains a NUL character"),
         ("GET", f"/v1/features/flights/{'x' * 513}", None, 422, "at most 512 characters"),
+        ("GET", "/v1/features/flights/x?at=1492-10-12T00:00:00Z", None, 404, "no row of 'x'"),
         ("GET", "/v1/features/flights/x?at=9999-12-31T23:59:59-05:00", None, 422, "query.at: Value error, lies outside"),
         ("GET", f"/v1/features/flights/x?snapshot_time={TOO_EARLY.replace('+', '%2B')}", None, 422, "outside the years"),
         ("POST", "/v1/features:lookup", {"model": "delay", "rows": [{"entity_id": "a\0"}]}, 422, "0.entity_id: Value error"),

@@ -51,7 +51,7 @@ class Retired:
 
     def reaches(self, feature_set: str, at_us: int) -> bool:
         """Whether rows may be missing as of an event time."""
-        return at_us < self._before(feature_set)
+        return feature_set in self._of and at_us < self._before(feature_set)
 
     def check(self, feature_set: str, at_us: int) -> None:
         """Refuse to read as of an event time from which rows may be missing.

@@ -12,7 +12,7 @@ from mojomesh_chassis.http import read_body
 from mojomesh_contracts.events import FeatureValue
 from mojomesh_contracts.storable import EntityId, Time
 from mojomesh_scorer.doors import MAX_JSON_BYTES, Doors, doors_of, within
-from mojomesh_scorer.scoring import MAX_ROWS, NO_ROW, Row, Scored, score_of
+from mojomesh_scorer.scoring import MAX_ROWS, NAMES_NO_ROW, NO_ROW, Row, Scored, score_of
 
 router = APIRouter(prefix="/v1/models", tags=["scoring"])
 OpenDoors = Annotated[Doors, Depends(doors_of)]
@@ -51,7 +51,7 @@ class ScoreAsked(RowAsked):
         if self.rows is not None and not (self.empty and self.event_time is None):
             raise ValueError("give rows, or values or entity_id of one row, not both")
         if any(row.empty for row in ([self] if self.rows is None else self.rows)):
-            raise ValueError("a row needs values, or an entity_id to look its features up")
+            raise ValueError(NAMES_NO_ROW)
         return self
 
 

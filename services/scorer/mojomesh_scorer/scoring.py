@@ -40,6 +40,7 @@ class Row(NamedTuple):
 
 NO_ROW = Row()
 """Of which nothing is known but its values."""
+NAMES_NO_ROW = "a row needs values, or an entity_id to look its features up"
 
 
 @dataclass(slots=True)  # not frozen: that takes longer to make than a prediction

@@ -16,7 +16,7 @@ from mojomesh_contracts.events import ScoreRequested, derived_id
 from mojomesh_contracts.storable import NUL, EntityId, Time
 from mojomesh_scorer.errors import RowsRefused
 from mojomesh_scorer.receipts import blocks_of
-from mojomesh_scorer.scoring import Row, Scored, Scoring
+from mojomesh_scorer.scoring import NAMES_NO_ROW, Row, Scored, Scoring
 
 
 class Request(NamedTuple):
@@ -35,7 +35,7 @@ class Answerable(ScoreRequested):
     @model_validator(mode="after")
     def _names_a_row(self) -> "Answerable":
         if self.values is None and self.entity_id is None:
-            raise ValueError("a row needs values, or an entity_id to look its features up")
+            raise ValueError(NAMES_NO_ROW)
         return self
 
 
